@@ -1,0 +1,261 @@
+# Copyright: the chatnio on-prem authors
+# Apache License 2.0 (see LICENSE)
+"""A lab: systemd containers on bridges in a network namespace of their own.
+
+Nothing of a lab is in the machine's own network, so no packet of it can leave by the machine's routes::
+
+    namespace NAME (the control machine)            namespace NAME-user (someone's desk)
+      br-management  10.0.0.250                        eth0  192.168.1.250
+      br-business    (no address) ------------------------'
+        |  |  |
+      nodes, each with an interface on either bridge
+
+Every node is an overlay on one base, and all of its processes are in one control group, by which they are found
+and ended again.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+NETNS = Path("/run/netns")
+CGROUPS = Path("/sys/fs/cgroup")
+# The controllers that systemd in a node gives its units.
+CONTROLLERS = ("systemd", "memory", "cpu", "cpuacct", "cpuset", "pids", "blkio", "devices", "freezer")
+NETWORKD = """[Match]
+Name={name}
+
+[Network]
+Address={address}
+LinkLocalAddressing=no
+IPv6AcceptRA=no
+"""
+
+
+class LabError(Exception):
+    """A step failed; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A bridge, and the address with prefix that the control machine (or the desk) has on it."""
+
+    name: str
+    control_address: str | None = None
+    desk_address: str | None = None
+
+
+@dataclass(frozen=True)
+class Interface:
+    """An interface of a node. Without an address (with prefix), the node finds the link unconfigured."""
+
+    name: str
+    network: str
+    address: str | None = None
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine of the lab."""
+
+    name: str
+    interfaces: tuple[Interface, ...]
+    binds: tuple[str, ...] = ()
+
+
+def run(*command: str, fails: bool = True) -> str:
+    """Run a command and return what it printed."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode and fails:
+        raise LabError(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip() or f'exit {done.returncode}'}")
+    return done.stdout
+
+
+@dataclass
+class Lab:
+    """The lab NAME, with its state in `folder`."""
+
+    name: str
+    folder: Path
+    base: Path
+    networks: tuple[Network, ...]
+    nodes: tuple[Node, ...]
+    log: list[str] = field(default_factory=list)
+
+    # -- networks ------------------------------------------------------------------------------------------------
+
+    @property
+    def desk(self) -> str:
+        """Name of the namespace of a user's machine, which is on the business network only."""
+        return f"{self.name}-user"
+
+    def ip(self, *arguments: str, namespace: str | None = None, fails: bool = True) -> str:
+        """Run ip(8) in a namespace of the lab."""
+        return run("ip", "-n", namespace or self.name, *arguments, fails=fails)
+
+    def up_networks(self) -> None:
+        """Make the namespaces, the bridges in the first, and the cable from the business bridge to the desk."""
+        for namespace in (self.name, self.desk):
+            if not (NETNS / namespace).exists():
+                run("ip", "netns", "add", namespace)
+                self.ip("link", "set", "lo", "up", namespace=namespace)
+                self.log.append(f"namespace {namespace}")
+        for network in self.networks:
+            bridge = f"br-{network.name}"
+            if f"{bridge}:" not in self.ip("-o", "link"):
+                self.ip("link", "add", bridge, "type", "bridge")
+                self.log.append(f"bridge {bridge}")
+            self.ip("link", "set", bridge, "up")
+            if network.control_address:
+                self.ip("addr", "replace", network.control_address, "dev", bridge)
+            if network.desk_address:
+                self._cable_to_desk(bridge, network.desk_address)
+
+    def _cable_to_desk(self, bridge: str, address: str) -> None:
+        if "eth0" not in self.ip("-o", "link", namespace=self.desk):
+            self.ip("link", "add", "desk", "type", "veth", "peer", "name", "eth0", "netns", self.desk)
+        self.ip("link", "set", "desk", "master", bridge, "up")
+        self.ip("addr", "replace", address, "dev", "eth0", namespace=self.desk)
+        self.ip("link", "set", "eth0", "up", namespace=self.desk)
+
+    def down_networks(self) -> None:
+        """End what still runs in the namespaces (SSH's proxies, forwarders) and remove them."""
+        for namespace in (self.desk, self.name):
+            if (NETNS / namespace).exists():
+                for pid in run("ip", "netns", "pids", namespace, fails=False).split():
+                    end_process(int(pid))
+                run("ip", "netns", "delete", namespace)
+                self.log.append(f"namespace {namespace}")
+
+    # -- nodes ---------------------------------------------------------------------------------------------------
+
+    def root(self, node: Node) -> Path:
+        """Folder that a node's file system is mounted on."""
+        return self.folder / "nodes" / node.name / "root"
+
+    def cgroup(self, node: Node, controller: str) -> Path:
+        """Control group of a node. Where the machine has only the unified hierarchy, all controllers are one."""
+        root = CGROUPS if (CGROUPS / "cgroup.controllers").exists() else CGROUPS / controller
+        return root / "chatnio-lab" / self.name / node.name
+
+    def running(self, node: Node) -> bool:
+        """Say whether a node has processes."""
+        procs = self.cgroup(node, "systemd")
+        return any(path.read_text().strip() for path in procs.rglob("cgroup.procs")) if procs.exists() else False
+
+    def up_node(self, node: Node, authorized_key: str) -> None:
+        """Boot a node that doesn't run: mount, furnish, start, and plug its cables in."""
+        if self.running(node):
+            return
+        root = self.root(node)
+        self._mount(root)
+        self._furnish(root, node, authorized_key)
+        self._start(node)
+        for interface in node.interfaces:
+            self._plug(node, interface)
+        self.log.append(f"node {node.name}")
+
+    def _mount(self, root: Path) -> None:
+        upper, work = root.parent / "upper", root.parent / "work"
+        for folder in (root, upper, work):
+            folder.mkdir(parents=True, exist_ok=True)
+        if not root.is_mount():
+            options = f"lowerdir={self.base},upperdir={upper},workdir={work}"
+            run("mount", "-t", "overlay", "overlay", "-o", options, str(root))
+
+    def _furnish(self, root: Path, node: Node, authorized_key: str) -> None:
+        (root / "etc/hostname").write_text(f"{node.name}\n")
+        for interface in node.interfaces:
+            unit = root / f"etc/systemd/network/10-{interface.name}.network"
+            if interface.address and not unit.exists():
+                unit.write_text(NETWORKD.format(name=interface.name, address=interface.address))
+        ssh = root / "home/ansible/.ssh"
+        ssh.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (ssh / "authorized_keys").write_text(authorized_key + "\n")
+        owner = (root / "home/ansible").stat()
+        for path in (ssh, ssh / "authorized_keys"):
+            os.chown(path, owner.st_uid, owner.st_gid)
+        keys = self.folder / "hostkeys" / node.name
+        for suffix in ("", ".pub"):
+            target = root / f"etc/ssh/ssh_host_ed25519_key{suffix}"
+            shutil.copyfile(f"{keys}{suffix}", target)
+            target.chmod(0o600 if not suffix else 0o644)
+
+    def _start(self, node: Node) -> None:
+        # Cables of a node that died without being taken down would make the new ones fail.
+        for interface in node.interfaces:
+            self.ip("link", "delete", self._cable(node, interface), fails=False)
+        command = ["nsenter", f"--net={NETNS / self.name}", "systemd-nspawn", "--quiet", "--keep-unit", "--register=no",
+                   "--boot", f"--directory={self.root(node)}", f"--machine={node.name}", "--resolv-conf=off",
+                   "--timezone=off", "--link-journal=no", "--private-network"]
+        command += [f"--network-veth-extra={self._cable(node, i)}:{i.name}" for i in node.interfaces]
+        command += [f"--bind-ro={bind}" for bind in node.binds]
+        groups = [self.cgroup(node, controller) for controller in CONTROLLERS]
+        groups = [group for group in dict.fromkeys(groups) if group.parents[2].exists()]
+        for group in groups:
+            group.mkdir(parents=True, exist_ok=True)
+            if (cpus := group / "cpuset.cpus").exists():  # empty in a new group of the first version
+                for level in (group.parents[1], group.parents[0], group):
+                    for name in ("cpuset.cpus", "cpuset.mems"):
+                        if not (level / name).read_text().strip():
+                            (level / name).write_text((level.parent / name).read_text())
+                del cpus
+
+        def enter() -> None:
+            for group in groups:
+                (group / "cgroup.procs").write_text(str(os.getpid()))
+
+        with (self.folder / f"{node.name}.console").open("ab") as console:
+            subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=console, stderr=console, start_new_session=True,
+                             preexec_fn=enter)  # noqa: PLW1509
+
+    @staticmethod
+    def _cable(node: Node, interface: Interface) -> str:
+        return f"{node.name}-{interface.name}"[:15]  # IFNAMSIZ
+
+    def _plug(self, node: Node, interface: Interface) -> None:
+        cable, deadline = self._cable(node, interface), time.monotonic() + 20
+        while f"{cable}@" not in self.ip("-o", "link"):
+            if time.monotonic() > deadline or not self.running(node):
+                console = self.folder / f"{node.name}.console"
+                raise LabError(f"{node.name} did not start; the end of {console}: {console.read_text()[-800:]}")
+            time.sleep(0.05)
+        self.ip("link", "set", cable, "master", f"br-{interface.network}", "up")
+
+    def down_node(self, node: Node) -> None:
+        """End a node's processes, unmount it and remove its files and control groups."""
+        groups = {self.cgroup(node, controller) for controller in CONTROLLERS}
+        for _ in range(50):
+            pids = {int(pid) for group in groups if group.exists()
+                    for procs in group.rglob("cgroup.procs") for pid in procs.read_text().split()}
+            if not pids:
+                break
+            for pid in pids:
+                end_process(pid)
+            time.sleep(0.1)
+        for group in groups:
+            for folder in sorted(group.rglob("*/"), reverse=True) if group.exists() else ():
+                if folder.is_dir():
+                    folder.rmdir()
+            for folder in (group, group.parent, group.parent.parent):
+                if folder.exists() and not any(child.is_dir() for child in folder.iterdir()):
+                    folder.rmdir()
+        root = self.root(node)
+        if root.is_mount():
+            run("umount", str(root))
+            self.log.append(f"node {node.name}")
+        shutil.rmtree(root.parent, ignore_errors=True)
+
+
+def end_process(pid: int) -> None:
+    """Kill a process; one that is gone already is fine."""
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return

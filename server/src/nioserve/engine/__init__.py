@@ -1,0 +1,1 @@
+"""Requests, scheduler, cache of keys and values, sampler, and the engine process."""

@@ -1,0 +1,1 @@
+"""Loading, quantising and running a causal language model."""

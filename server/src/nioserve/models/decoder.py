@@ -1,0 +1,126 @@
+"""Running a decoder of the Llama family (Llama, Mistral, Qwen2, Qwen3) over a flat batch of tokens.
+
+Written for the CPU, where a small model spends its time in the overhead of operations: queries, keys and values are one
+product, gate and up another; all sequences of a step share every product; logits are computed for the rows that are
+sampled and no others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from nioserve.models.batch import AttentionGroup, Batch
+from nioserve.models.cache import KvCache
+from nioserve.models.linear import DenseLinear, Int8Linear, Linear
+from nioserve.models.rope import interleave_rows, rotate, rotation_table
+from nioserve.models.spec import ModelSpec
+from nioserve.models.weights import Weights
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """The weights of one decoder layer."""
+
+    input_norm: Tensor
+    qkv: Linear
+    query_norm: Tensor | None
+    key_norm: Tensor | None
+    out: Linear
+    post_norm: Tensor
+    gate_up: Linear
+    down: Linear
+
+
+class Decoder:
+    """A model that is ready to run. The compute type is that of its dense weights; INT8 models compute in float32."""
+
+    def __init__(self, spec: ModelSpec, weights: Weights, max_model_len: int) -> None:
+        self.spec = spec
+        self.rotations = rotation_table(spec.rope, spec.head_dim, max_model_len)
+        self.embedding, self.embedding_scale = weights.rows("model.embed_tokens.weight")
+        self.layers = [self._layer(weights, f"model.layers.{i}") for i in range(spec.num_layers)]
+        self.norm = weights.dense("model.norm.weight")
+        self.head = self._head(weights)
+        weights.finish()
+
+    def _layer(self, weights: Weights, prefix: str) -> Layer:
+        attention, mlp, dim = f"{prefix}.self_attn", f"{prefix}.mlp", self.spec.head_dim
+
+        def reorder(name: str, rows: Tensor) -> Tensor:
+            return rows if name.endswith("v_proj") else interleave_rows(rows, dim)
+
+        norms = [weights.dense_if_present(f"{attention}.{part}_norm.weight") for part in "qk"]
+        return Layer(
+            input_norm=weights.dense(f"{prefix}.input_layernorm.weight"),
+            qkv=weights.linear([f"{attention}.{part}_proj" for part in "qkv"], reorder),
+            query_norm=None if norms[0] is None else interleave_rows(norms[0], dim),
+            key_norm=None if norms[1] is None else interleave_rows(norms[1], dim),
+            out=weights.linear([f"{attention}.o_proj"]),
+            post_norm=weights.dense(f"{prefix}.post_attention_layernorm.weight"),
+            gate_up=weights.linear([f"{mlp}.gate_proj", f"{mlp}.up_proj"]),
+            down=weights.linear([f"{mlp}.down_proj"]),
+        )
+
+    def _head(self, weights: Weights) -> Linear:
+        if not self.spec.tie_word_embeddings:
+            return weights.linear(["lm_head"])
+        if "lm_head.weight" in weights:  # some checkpoints store the tied matrix twice
+            weights.rows("lm_head.weight")
+        if self.embedding_scale is None:
+            return DenseLinear(self.embedding, None)
+        return Int8Linear(self.embedding, self.embedding_scale, None)
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, cache: KvCache) -> Tensor:
+        """Run one step, store its keys and values, and return float32 logits [rows wanted, vocabulary]."""
+        x = self._embed(batch.tokens)
+        rotation = self.rotations[batch.positions].unsqueeze(1)
+        for index, layer in enumerate(self.layers):
+            x = x + layer.out(self._attention(self._norm(x, layer.input_norm), layer, index, rotation, batch, cache))
+            gate, up = layer.gate_up(self._norm(x, layer.post_norm)).chunk(2, dim=-1)
+            x = x + layer.down(functional.silu(gate) * up)
+        return self.head(self._norm(x[batch.logit_rows], self.norm)).to(torch.float32)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        rows = functional.embedding(tokens, self.embedding)
+        if self.embedding_scale is None:
+            return rows
+        return rows.to(torch.float32) * self.embedding_scale[tokens].unsqueeze(1)
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return functional.rms_norm(x, (x.shape[-1],), weight, self.spec.rms_norm_eps)
+
+    def _attention(self, x: Tensor, layer: Layer, index: int, rotation: Tensor, batch: Batch, cache: KvCache) -> Tensor:
+        spec, count = self.spec, x.shape[0]
+        heads = layer.qkv(x).view(count, -1, spec.head_dim)
+        turning = heads[:, : spec.num_heads + spec.num_kv_heads]
+        values = heads[:, spec.num_heads + spec.num_kv_heads :]
+        if layer.query_norm is not None and layer.key_norm is not None:
+            queries = self._norm(turning[:, : spec.num_heads], layer.query_norm)
+            keys = self._norm(turning[:, spec.num_heads :], layer.key_norm)
+            turning = torch.cat([queries, keys], dim=1)
+        rotated = rotate(turning, rotation)
+        queries, keys = rotated[:, : spec.num_heads].to(cache.dtype), rotated[:, spec.num_heads :]
+        cache.write(index, batch.slots, torch.stack([keys, values.to(keys.dtype)], dim=1))
+        out = torch.empty(count, spec.num_heads * spec.head_dim, dtype=x.dtype)
+        for group in batch.groups:
+            out[group.first : group.last] = self._attend(queries[group.first : group.last], group, index, cache)
+        return out
+
+    def _attend(self, queries: Tensor, group: AttentionGroup, index: int, cache: KvCache) -> Tensor:
+        spec = self.spec
+        cached = cache.gather(index, group.table, group.sequences)[:, : group.length]
+        keys, values = cached[:, :, 0].transpose(1, 2), cached[:, :, 1].transpose(1, 2)
+        if group.last - group.first == group.sequences:
+            # One query each: heads that share keys and values stand in as its queries, so that those are read once
+            # per group and not once per head (twice as fast at 32 sequences).
+            grouped = queries.view(group.sequences, spec.num_kv_heads, -1, spec.head_dim)
+            out = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=group.mask)
+            return out.reshape(group.sequences, -1)
+        many = queries.transpose(0, 1).unsqueeze(0)
+        out = functional.scaled_dot_product_attention(many, keys, values, attn_mask=group.mask, enable_gqa=True)
+        return out[0].transpose(0, 1).flatten(1)

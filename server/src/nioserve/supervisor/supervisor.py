@@ -1,0 +1,234 @@
+"""The supervisor's loop.
+
+It owns the listening socket and every child. A dead API worker is started again. A dead or hung engine makes the
+service not ready, has every worker fail what was in flight, and is started again under a new epoch. SIGTERM drains:
+nobody listens any more, running answers finish, then the workers end, then the engine.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import time
+from pathlib import Path
+from types import FrameType
+
+import zmq
+
+from nioserve.config import Config, ConfigError
+from nioserve.engine import messages
+from nioserve.engine.messages import EngineReady, Heartbeat, ServiceState, WorkerReady
+from nioserve.supervisor.child import Backoff, Child
+from nioserve.supervisor.monitoring import Monitoring
+from nioserve.supervisor.runtime import file_findings, listen, runtime_directory
+from nioserve.supervisor.systemd import notify, watchdog_seconds
+
+log = logging.getLogger(__name__)
+
+_TICK_MS = 100
+_PUBLISH_SECONDS = 0.5
+_GRACE_SECONDS = 2.0
+"""Beyond the shutdown timeout: for workers to send the end of what they cut off."""
+
+
+class StartError(Exception):
+    """The service could not start; the log says why."""
+
+
+class Supervisor:
+    """One run of the service."""
+
+    def __init__(self, config: Config, directory: Path, listener: socket.socket) -> None:
+        self._config, self._directory, self._listener = config, directory, listener
+        metrics = directory / "metrics"
+        metrics.mkdir(mode=0o700)
+        self._environment = {"PROMETHEUS_MULTIPROC_DIR": str(metrics)}
+        self._config_file = directory / "config.json"
+        self._config_file.write_text(config.model_dump_json(), encoding="utf-8")
+        self._state = ServiceState(epoch=0, engine_ready=False, draining=False, started=False, detail="starting")
+        self._monitoring = Monitoring(config.metrics.host, config.metrics.port, metrics, lambda: self._state)
+        context, sockets = zmq.Context.instance(), messages.Sockets(directory)
+        self._inbox = context.socket(zmq.PULL)
+        self._inbox.bind(sockets.supervisor())
+        self._outbox = context.socket(zmq.PUB)
+        self._outbox.bind(sockets.state())
+        self._engine: Child | None = None
+        self._engine_backoff = Backoff()
+        self._heartbeat = 0.0
+        self._workers: list[Child] = []
+        self._worker_backoff = Backoff()
+        self._published = 0.0
+        self._watchdog, self._watchdog_at = watchdog_seconds(), 0.0
+        self._deadline: float | None = None
+        self._terminations = 0
+        self._announced = False
+
+    def run(self) -> int:
+        """Serve until told to stop; return the exit status. StartError when it never got ready."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_terminate)
+        signal.signal(signal.SIGHUP, self._on_reload)
+        try:
+            while True:
+                self._read_inbox()
+                if self._terminations > 1:
+                    log.warning("ended at once by a second signal")
+                    return 1
+                if self._terminations and self._deadline is None:
+                    self._begin_drain()
+                self._watch_engine()
+                self._watch_workers()
+                if self._deadline is not None and self._drained(self._deadline):
+                    log.info("stopped")
+                    return 0
+                self._announce()
+        finally:
+            for child in [*self._workers, *([self._engine] if self._engine else [])]:
+                child.kill()
+
+    def _on_terminate(self, _number: int, _frame: FrameType | None) -> None:
+        self._terminations += 1
+
+    def _on_reload(self, _number: int, _frame: FrameType | None) -> None:
+        for worker in self._workers:
+            worker.send(signal.SIGHUP)
+
+    def _read_inbox(self) -> None:
+        wait = _TICK_MS
+        while self._inbox.poll(wait):
+            wait = 0
+            message = messages.decode_to_supervisor(self._inbox.recv())
+            if isinstance(message, WorkerReady):
+                for worker in self._workers:
+                    worker.ready = worker.ready or worker.pid == message.pid
+            elif self._engine is not None and message.epoch == self._state.epoch:
+                self._hear_engine(self._engine, message)
+
+    def _hear_engine(self, engine: Child, message: EngineReady | Heartbeat) -> None:
+        self._heartbeat = time.monotonic()
+        if isinstance(message, EngineReady):
+            engine.ready = True
+            log.info("engine ready", extra={"pid": engine.pid, "seconds": round(engine.lifetime, 1)})
+            self._change(engine_ready=True, started=True, detail="ready")
+
+    def _watch_engine(self) -> None:
+        if self._engine is None:
+            if self._deadline is None and self._engine_backoff.over:
+                self._start_engine()
+            return
+        status = self._engine.exit_status()
+        silent = time.monotonic() - self._heartbeat
+        if status is not None:
+            self._lose_engine(self._engine, "the engine died", status)
+        elif self._engine.ready and silent > self._config.engine.hang_timeout:
+            self._engine.kill()
+            self._lose_engine(self._engine, "the engine hung", -signal.SIGKILL)
+
+    def _start_engine(self) -> None:
+        epoch = self._state.epoch + 1
+        self._engine = Child.start(
+            "nioserve.engine.process", [str(self._config_file), str(epoch)], self._environment
+        )  # fmt: skip
+        self._change(epoch=epoch, engine_ready=False, detail="the engine is loading the model")
+
+    def _lose_engine(self, engine: Child, what: str, status: int) -> None:
+        log.error(what, extra={"pid": engine.pid, "exit_status": status, "seconds": round(engine.lifetime, 1)})
+        self._monitoring.forget(engine.pid)
+        self._engine = None
+        if not self._state.started:
+            # It never worked: a wrong model or setting, which the service manager should see as a failed start.
+            raise StartError
+        self._monitoring.restarts.labels("engine").inc()
+        self._engine_backoff.died(engine.lifetime)
+        self._change(engine_ready=False, detail=f"{what} and is being restarted")
+
+    def _watch_workers(self) -> None:
+        for worker in list(self._workers):
+            status = worker.exit_status()
+            if status is None:
+                continue
+            self._workers.remove(worker)
+            self._monitoring.forget(worker.pid)
+            if self._deadline is not None:
+                continue
+            log.error("an API worker died", extra={"pid": worker.pid, "exit_status": status})
+            if not worker.ready and not self._announced:
+                raise StartError
+            self._monitoring.restarts.labels("api").inc()
+            self._worker_backoff.died(worker.lifetime)
+        if self._deadline is None and self._worker_backoff.over:
+            while len(self._workers) < self._config.server.workers:
+                self._workers.append(self._start_worker())
+
+    def _start_worker(self) -> Child:
+        descriptor = self._listener.fileno()
+        arguments = [str(self._config_file), str(descriptor)]
+        return Child.start("nioserve.api.worker", arguments, self._environment, keep=[descriptor])
+
+    def _begin_drain(self) -> None:
+        log.info("draining", extra={"timeout": self._config.server.shutdown_timeout})
+        notify("STOPPING=1")
+        self._change(draining=True, detail="the server is shutting down")
+        # The port refuses once every process has closed it: this one, and each worker when it gets its SIGTERM.
+        self._listener.close()
+        for worker in self._workers:
+            worker.send(signal.SIGTERM)
+        self._deadline = time.monotonic() + self._config.server.shutdown_timeout
+
+    def _drained(self, deadline: float) -> bool:
+        if not self._workers:
+            return True
+        if time.monotonic() > deadline + _GRACE_SECONDS:
+            log.warning("the shutdown timeout is over, running answers are cut off")
+            return True
+        return False
+
+    def _announce(self) -> None:
+        now = time.monotonic()
+        if not self._announced and self._state.engine_ready and self._all_workers_ready():
+            self._announced = True
+            notify("READY=1")
+            log.info("serving", extra={"host": self._config.server.host, "port": self._config.server.port})
+        if now - self._published >= _PUBLISH_SECONDS:
+            self._publish()
+        if self._watchdog is not None and now >= self._watchdog_at:
+            notify("WATCHDOG=1")
+            self._watchdog_at = now + self._watchdog
+
+    def _all_workers_ready(self) -> bool:
+        return len(self._workers) == self._config.server.workers and all(worker.ready for worker in self._workers)
+
+    def _change(
+        self, *, epoch: int | None = None, engine_ready: bool | None = None, draining: bool | None = None,
+        started: bool | None = None, detail: str,
+    ) -> None:  # fmt: skip
+        old = self._state
+        self._state = ServiceState(
+            epoch=old.epoch if epoch is None else epoch,
+            engine_ready=old.engine_ready if engine_ready is None else engine_ready,
+            draining=old.draining if draining is None else draining,
+            started=old.started if started is None else started,
+            detail=detail,
+        )
+        self._publish()
+
+    def _publish(self) -> None:
+        self._published = time.monotonic()
+        self._outbox.send(messages.encode(self._state))
+
+
+def serve(config: Config) -> int:
+    """Run the service; return the exit status. ConfigError lists what keeps it from starting."""
+    findings = file_findings(config)
+    if findings:
+        raise ConfigError(findings)
+    with runtime_directory(config) as directory:
+        listener = listen(config.server.host, config.server.port)
+        try:
+            return Supervisor(config, directory, listener).run()
+        except StartError:
+            log.error("the service could not start; see the lines above")
+            return 1
+        finally:
+            listener.close()
