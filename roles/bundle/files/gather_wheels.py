@@ -36,7 +36,8 @@ def main() -> None:
         lines, origins = [], {}
         for item in json.loads(report.read_text())["install"]:
             source, about = item["download_info"], item["metadata"]
-            lines.append(f"{about['name']}=={about['version']} --hash=sha256:{source['archive_info']['hashes']['sha256']}")
+            digest = source["archive_info"]["hashes"]["sha256"]
+            lines.append(f"{about['name']}=={about['version']} --hash=sha256:{digest}")
             origins[source["url"].rpartition("/")[2].replace("%2B", "+")] = source["url"]
         requirements = Path(folder, "requirements.txt")
         requirements.write_text("\n".join(sorted(lines, key=str.lower)) + "\n")

@@ -19,14 +19,13 @@ from pathlib import Path
 
 import uvicorn
 import uvloop
-import zmq
 
 from nioserve import logs
 from nioserve.api.app import create_app
 from nioserve.api.prompt import Prompter
 from nioserve.api.service import Service
 from nioserve.config import Config
-from nioserve.engine import messages
+from nioserve.engine import messages, transport
 from nioserve.engine.client import EngineClient
 from nioserve.engine.limits import resolve_max_model_len
 from nioserve.metrics import ApiMetrics
@@ -58,10 +57,8 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start to serve, and say so."""
         await super().startup(sockets)
-        with zmq.Context() as context, context.socket(zmq.PUSH) as push:
-            push.setsockopt(zmq.LINGER, 1000)
-            push.connect(messages.Sockets(self._runtime_dir).supervisor())
-            push.send(messages.encode(messages.WorkerReady(os.getpid())))
+        supervisor = transport.Sender(transport.Addresses(self._runtime_dir).supervisor())
+        supervisor.send(messages.encode(messages.WorkerReady(os.getpid())))
 
 
 def make_service(config: Config, runtime_dir: Path) -> Service:

@@ -8,10 +8,9 @@ import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import zmq
 from zmq.asyncio import Context, Socket
 
-from nioserve.engine import messages
+from nioserve.engine import messages, transport
 from nioserve.engine.messages import Accepted, Cancel, Output, Rejected, Sampling, ServiceState, Submit
 
 log = logging.getLogger(__name__)
@@ -68,7 +67,7 @@ class EngineClient:
     """The connection of one API worker."""
 
     def __init__(self, runtime_dir: Path) -> None:
-        self._sockets = messages.Sockets(runtime_dir)
+        self._addresses = transport.Addresses(runtime_dir)
         self._context = Context()
         self._engine: Socket | None = None
         self._pending: dict[str, Generation] = {}
@@ -112,9 +111,7 @@ class EngineClient:
             self._engine.send(messages.encode(message))
 
     async def _follow_state(self) -> None:
-        subscriber = self._context.socket(zmq.SUB)
-        subscriber.subscribe(b"")
-        subscriber.connect(self._sockets.state())
+        subscriber = transport.listen_to(self._context, self._addresses.state())
         while True:
             self._apply(messages.decode_state(await subscriber.recv()))
 
@@ -126,10 +123,7 @@ class EngineClient:
             self._connect(state.epoch)
 
     def _connect(self, epoch: int) -> None:
-        self._engine = self._context.socket(zmq.DEALER)
-        self._engine.set_hwm(0)
-        self._engine.setsockopt(zmq.LINGER, 0)
-        self._engine.connect(self._sockets.engine(epoch))
+        self._engine = transport.call(self._context, self._addresses.engine(epoch))
         self._reader = asyncio.create_task(self._read(self._engine))
 
     def _lose(self, detail: str) -> None:

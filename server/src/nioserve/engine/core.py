@@ -96,10 +96,11 @@ class Engine:
         return StepResult(outputs, sum(s.count for s in slices), prompt_tokens, len(ready), queue_times)
 
     def warm_up(self) -> None:
-        """Run each batch size once: oneDNN builds its code per shape, which no client should wait for."""
+        """Run what the first clients would otherwise wait for: oneDNN builds its code per shape, torch its threads."""
         limits = self._limits
-        for count in range(1, limits.max_num_seqs + 1):
-            self._forward([Chunk([0], 0, [0], True)] * count)
+        for count in sorted({1, 2, 4, 8, 16, 32, limits.max_num_seqs}):
+            if count <= limits.max_num_seqs:
+                self._forward([Chunk([0], 0, [0], True)] * count)
         longest = min(limits.max_num_batched_tokens, limits.max_model_len, limits.kv_cache_tokens)
         blocks = list(range(-(-longest // BLOCK_SIZE)))
         self._forward([Chunk([0] * longest, 0, blocks, True)])

@@ -7,7 +7,6 @@ EngineReady, WorkerReady, Heartbeat. Supervisor to all workers: ServiceState, re
 from __future__ import annotations
 
 from enum import StrEnum
-from pathlib import Path
 
 import msgspec
 
@@ -110,22 +109,3 @@ decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
 decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode
 decode_to_supervisor = msgspec.msgpack.Decoder(ToSupervisor).decode
 decode_state = msgspec.msgpack.Decoder(ServiceState).decode
-
-
-class Sockets:
-    """Addresses in the private runtime directory."""
-
-    def __init__(self, runtime_dir: Path) -> None:
-        self._dir = runtime_dir
-
-    def engine(self, epoch: int) -> str:
-        """Return the engine's address. Each engine has its own, so that no message of a dead one reaches the next."""
-        return f"ipc://{self._dir}/engine-{epoch}.sock"
-
-    def supervisor(self) -> str:
-        """Return where the supervisor hears of readiness and heartbeats."""
-        return f"ipc://{self._dir}/supervisor.sock"
-
-    def state(self) -> str:
-        """Return where the supervisor publishes the service's state."""
-        return f"ipc://{self._dir}/state.sock"

@@ -16,11 +16,10 @@ import time
 from pathlib import Path
 
 import torch
-import zmq
 
 from nioserve import logs
 from nioserve.config import Config
-from nioserve.engine import messages
+from nioserve.engine import messages, transport
 from nioserve.engine.core import Engine, StepResult
 from nioserve.engine.limits import resolve_limits
 from nioserve.engine.messages import Accepted, Cancel, EngineReady, FromEngine, Heartbeat, Outputs, Rejected
@@ -42,17 +41,9 @@ class EngineLoop:
 
     def __init__(self, engine: Engine, metrics: EngineMetrics, runtime_dir: Path, epoch: int) -> None:
         self._engine, self._metrics, self._epoch = engine, metrics, epoch
-        context = zmq.Context.instance()
-        sockets = messages.Sockets(runtime_dir)
-        self._workers = context.socket(zmq.ROUTER)
-        # Without a limit, because a full queue would drop tokens; what is queued is bounded by max_tokens.
-        self._workers.set_hwm(0)
-        # Sending to a worker that is gone fails instead of vanishing: that is how its requests are dropped.
-        self._workers.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._workers.bind(sockets.engine(epoch))
-        self._supervisor = context.socket(zmq.PUSH)
-        self._supervisor.setsockopt(zmq.LINGER, 0)
-        self._supervisor.connect(sockets.supervisor())
+        addresses = transport.Addresses(runtime_dir)
+        self._workers = transport.Switchboard(addresses.engine(epoch))
+        self._supervisor = transport.Sender(addresses.supervisor())
         self._beat_at = 0.0
         self._preemptions = 0
 
@@ -75,9 +66,9 @@ class EngineLoop:
     def _read(self) -> None:
         """Take all messages there are; wait for one only when there is nothing to compute."""
         wait = 0 if self._engine.scheduler.has_work else int(HEARTBEAT_SECONDS * 1000)
-        while self._workers.poll(wait):
+        while received := self._workers.receive(wait):
             wait = 0
-            worker, body = self._workers.recv_multipart()
+            worker, body = received
             self._handle(worker, messages.decode_to_engine(body))
 
     def _handle(self, worker: bytes, message: messages.ToEngine) -> None:
@@ -108,10 +99,8 @@ class EngineLoop:
 
     def _reply(self, worker: bytes, message: FromEngine) -> None:
         try:
-            self._workers.send_multipart([worker, messages.encode(message)])
-        except zmq.ZMQError as error:
-            if error.errno != zmq.EHOSTUNREACH:
-                raise
+            self._workers.send(worker, messages.encode(message))
+        except transport.PeerGoneError:
             log.warning("an API worker is gone, its requests are dropped")
             self._engine.cancel_worker(worker)
 

@@ -14,10 +14,8 @@ import time
 from pathlib import Path
 from types import FrameType
 
-import zmq
-
 from nioserve.config import Config, ConfigError
-from nioserve.engine import messages
+from nioserve.engine import messages, transport
 from nioserve.engine.messages import EngineReady, Heartbeat, ServiceState, WorkerReady
 from nioserve.supervisor.child import Backoff, Child
 from nioserve.supervisor.monitoring import Monitoring
@@ -48,11 +46,9 @@ class Supervisor:
         self._config_file.write_text(config.model_dump_json(), encoding="utf-8")
         self._state = ServiceState(epoch=0, engine_ready=False, draining=False, started=False, detail="starting")
         self._monitoring = Monitoring(config.metrics.host, config.metrics.port, metrics, lambda: self._state)
-        context, sockets = zmq.Context.instance(), messages.Sockets(directory)
-        self._inbox = context.socket(zmq.PULL)
-        self._inbox.bind(sockets.supervisor())
-        self._outbox = context.socket(zmq.PUB)
-        self._outbox.bind(sockets.state())
+        addresses = transport.Addresses(directory)
+        self._inbox = transport.Inbox(addresses.supervisor())
+        self._outbox = transport.Broadcast(addresses.state())
         self._engine: Child | None = None
         self._engine_backoff = Backoff()
         self._heartbeat = 0.0
@@ -96,9 +92,9 @@ class Supervisor:
 
     def _read_inbox(self) -> None:
         wait = _TICK_MS
-        while self._inbox.poll(wait):
+        while (body := self._inbox.receive(wait)) is not None:
             wait = 0
-            message = messages.decode_to_supervisor(self._inbox.recv())
+            message = messages.decode_to_supervisor(body)
             if isinstance(message, WorkerReady):
                 for worker in self._workers:
                     worker.ready = worker.ready or worker.pid == message.pid

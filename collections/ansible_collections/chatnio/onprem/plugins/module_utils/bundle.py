@@ -33,7 +33,10 @@ class BundleError(Exception):
 
 @dataclass(frozen=True, order=True)
 class Artefact:
-    """One file of the bundle. `path` is relative to the bundle's folder, `size` in bytes, `origin` where it came from."""
+    """One file of the bundle.
+
+    `path` is relative to the bundle's folder, `size` in bytes, `origin` where it came from.
+    """
 
     path: str
     kind: str
@@ -96,8 +99,8 @@ def verify_signature(folder: Path, public_key: str) -> None:
             capture_output=True, text=True, check=False,
         )
     if run.returncode:
-        reason = run.stderr.strip().splitlines()
-        raise BundleError(f"{folder / MANIFEST} is not signed by the expected key: {reason[-1] if reason else 'gpgv failed'}")
+        reason = (run.stderr.strip().splitlines() or ["gpgv failed"])[-1]
+        raise BundleError(f"{folder / MANIFEST} is not signed by the expected key: {reason}")
 
 
 def _dearmour(armoured: str) -> bytes:

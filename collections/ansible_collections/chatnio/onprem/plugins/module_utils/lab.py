@@ -26,6 +26,7 @@ from pathlib import Path
 
 NETNS = Path("/run/netns")
 CGROUPS = Path("/sys/fs/cgroup")
+FORWARDER = "forwarder"
 # The controllers that systemd in a node gives its units.
 CONTROLLERS = ("systemd", "memory", "cpu", "cpuacct", "cpuset", "pids", "blkio", "devices", "freezer")
 NETWORKD = """[Match]
@@ -133,21 +134,79 @@ class Lab:
                 run("ip", "netns", "delete", namespace)
                 self.log.append(f"namespace {namespace}")
 
+    # -- control groups ------------------------------------------------------------------------------------------
+
+    def cgroups(self, member: str) -> list[Path]:
+        """Control groups of a node (or of the forwarder). On a machine with the unified hierarchy alone it is one."""
+        roots = [CGROUPS] if (CGROUPS / "cgroup.controllers").exists() else [CGROUPS / name for name in CONTROLLERS]
+        return [root / "chatnio-lab" / self.name / member for root in roots if root.exists()]
+
+    def processes(self, member: str) -> set[int]:
+        """Return the ids of all processes of a member."""
+        procs = [procs for group in self.cgroups(member) if group.exists() for procs in group.rglob("cgroup.procs")]
+        return {int(pid) for file in procs for pid in file.read_text().split()}
+
+    def spawn(self, member: str, command: list[str]) -> None:
+        """Start a command in the member's control groups; it outlives this process. Its output is the console."""
+        groups = self.cgroups(member)
+        for group in groups:
+            group.mkdir(parents=True, exist_ok=True)
+            for level in (group.parent.parent, group.parent, group):  # the first version's cpuset starts empty
+                for name in ("cpuset.cpus", "cpuset.mems"):
+                    if (level / name).exists() and not (level / name).read_text().strip():
+                        (level / name).write_text((level.parent / name).read_text())
+
+        def enter() -> None:
+            for group in groups:
+                (group / "cgroup.procs").write_text(str(os.getpid()))
+
+        with self.console(member).open("ab") as console:
+            subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=console, stderr=console, start_new_session=True, preexec_fn=enter
+            )
+
+    def console(self, member: str) -> Path:
+        """File that a member's output goes to."""
+        return self.folder / f"{member}.console"
+
+    def end(self, member: str) -> None:
+        """End every process of a member and remove its control groups."""
+        deadline = time.monotonic() + 10
+        while pids := self.processes(member):
+            for pid in pids:
+                end_process(pid)
+            if time.monotonic() > deadline:
+                raise LabError(f"processes of {member} don't end: {sorted(pids)}")
+            time.sleep(0.05)
+        for group in self.cgroups(member):
+            inner = sorted((path for path in group.rglob("*") if path.is_dir()), reverse=True) if group.exists() else []
+            for folder in (*inner, group, group.parent, group.parent.parent):
+                if folder.exists() and not any(child.is_dir() for child in folder.iterdir()):
+                    folder.rmdir()
+
+    # -- the way in from this machine ----------------------------------------------------------------------------
+
+    def up_forward(self, port: int, target: str) -> None:
+        """Forward 127.0.0.1:port to an address that the desk reaches."""
+        if self.processes(FORWARDER):
+            return
+        into = f"nsenter --net={NETNS / self.desk} socat - TCP\\:{target.replace(':', chr(92) + ':')}"
+        self.spawn(FORWARDER, ["socat", f"TCP-LISTEN:{port},bind=127.0.0.1,fork,reuseaddr", f"EXEC:{into}"])
+        time.sleep(0.3)
+        if not self.processes(FORWARDER):
+            reason = self.console(FORWARDER).read_text().strip().splitlines()[-1:]
+            raise LabError(f"127.0.0.1:{port} can't be forwarded ({' '.join(reason)}); CHATNIO_LAB_PORT names another port")
+        self.log.append(f"forwarder 127.0.0.1:{port}")
+
     # -- nodes ---------------------------------------------------------------------------------------------------
 
     def root(self, node: Node) -> Path:
         """Folder that a node's file system is mounted on."""
         return self.folder / "nodes" / node.name / "root"
 
-    def cgroup(self, node: Node, controller: str) -> Path:
-        """Control group of a node. Where the machine has only the unified hierarchy, all controllers are one."""
-        root = CGROUPS if (CGROUPS / "cgroup.controllers").exists() else CGROUPS / controller
-        return root / "chatnio-lab" / self.name / node.name
-
     def running(self, node: Node) -> bool:
         """Say whether a node has processes."""
-        procs = self.cgroup(node, "systemd")
-        return any(path.read_text().strip() for path in procs.rglob("cgroup.procs")) if procs.exists() else False
+        return bool(self.processes(node.name))
 
     def up_node(self, node: Node, authorized_key: str) -> None:
         """Boot a node that doesn't run: mount, furnish, start, and plug its cables in."""
@@ -196,24 +255,7 @@ class Lab:
                    "--timezone=off", "--link-journal=no", "--private-network"]
         command += [f"--network-veth-extra={self._cable(node, i)}:{i.name}" for i in node.interfaces]
         command += [f"--bind-ro={bind}" for bind in node.binds]
-        groups = [self.cgroup(node, controller) for controller in CONTROLLERS]
-        groups = [group for group in dict.fromkeys(groups) if group.parents[2].exists()]
-        for group in groups:
-            group.mkdir(parents=True, exist_ok=True)
-            if (cpus := group / "cpuset.cpus").exists():  # empty in a new group of the first version
-                for level in (group.parents[1], group.parents[0], group):
-                    for name in ("cpuset.cpus", "cpuset.mems"):
-                        if not (level / name).read_text().strip():
-                            (level / name).write_text((level.parent / name).read_text())
-                del cpus
-
-        def enter() -> None:
-            for group in groups:
-                (group / "cgroup.procs").write_text(str(os.getpid()))
-
-        with (self.folder / f"{node.name}.console").open("ab") as console:
-            subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=console, stderr=console, start_new_session=True,
-                             preexec_fn=enter)  # noqa: PLW1509
+        self.spawn(node.name, command)
 
     @staticmethod
     def _cable(node: Node, interface: Interface) -> str:
@@ -223,29 +265,14 @@ class Lab:
         cable, deadline = self._cable(node, interface), time.monotonic() + 20
         while f"{cable}@" not in self.ip("-o", "link"):
             if time.monotonic() > deadline or not self.running(node):
-                console = self.folder / f"{node.name}.console"
+                console = self.console(node.name)
                 raise LabError(f"{node.name} did not start; the end of {console}: {console.read_text()[-800:]}")
             time.sleep(0.05)
         self.ip("link", "set", cable, "master", f"br-{interface.network}", "up")
 
     def down_node(self, node: Node) -> None:
-        """End a node's processes, unmount it and remove its files and control groups."""
-        groups = {self.cgroup(node, controller) for controller in CONTROLLERS}
-        for _ in range(50):
-            pids = {int(pid) for group in groups if group.exists()
-                    for procs in group.rglob("cgroup.procs") for pid in procs.read_text().split()}
-            if not pids:
-                break
-            for pid in pids:
-                end_process(pid)
-            time.sleep(0.1)
-        for group in groups:
-            for folder in sorted(group.rglob("*/"), reverse=True) if group.exists() else ():
-                if folder.is_dir():
-                    folder.rmdir()
-            for folder in (group, group.parent, group.parent.parent):
-                if folder.exists() and not any(child.is_dir() for child in folder.iterdir()):
-                    folder.rmdir()
+        """End a node's processes, unmount it and remove its files."""
+        self.end(node.name)
         root = self.root(node)
         if root.is_mount():
             run("umount", str(root))

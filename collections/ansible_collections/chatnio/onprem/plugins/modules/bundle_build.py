@@ -194,16 +194,16 @@ def main() -> None:
     signer = Signer(module)
     changed = False
     about: dict[str, tuple[str, str, str, str]] = {}
-    for source, path, *rest in collect(module.params["parts"]):
+    for source, path, kind, name, version, origin in collect(module.params["parts"]):
         changed |= link(source, dest / path)
-        about[path] = tuple(rest)
+        about[path] = (kind, name, version, origin)
 
     generated = {f"apt/dists/{suite}/main/binary-amd64/Packages", f"apt/dists/{suite}/main/binary-amd64/Packages.gz",
                  f"apt/dists/{suite}/Release", f"apt/dists/{suite}/InRelease"}
     own = {MANIFEST, SIGNATURE, PUBLIC_KEY}
-    for path in [found for found in dest.rglob("*") if found.is_file()]:
-        if str(path.relative_to(dest)) not in about.keys() | generated | own:
-            path.unlink()
+    for found in [entry for entry in dest.rglob("*") if entry.is_file()]:
+        if str(found.relative_to(dest)) not in about.keys() | generated | own:
+            found.unlink()
             changed = True
     if changed or not all((dest / name).is_file() for name in generated):
         index_apt(module, dest / "apt", suite, signer)

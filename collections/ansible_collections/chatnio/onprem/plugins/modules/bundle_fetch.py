@@ -68,8 +68,8 @@ def fetch(module: AnsibleModule, url: str, target: Path, expected: str) -> None:
                 stream.write(piece)
     except (URLError, OSError) as error:
         module.fail_json(msg=f"{url} can't be had: {error}. Is the mirror up, and does it hold this bundle?")
-    if digest.hexdigest() != expected:
-        module.fail_json(msg=f"{url} is refused: its sha256 is {digest.hexdigest()}, the bundle's manifest says {expected}")
+    if (actual := digest.hexdigest()) != expected:
+        module.fail_json(msg=f"{url} is refused: its sha256 is {actual}, the bundle's manifest says {expected}")
 
 
 def main() -> None:

@@ -101,7 +101,8 @@ def main() -> None:
         supports_check_mode=True,
     )
     src, dest = Path(module.params["src"]), Path(module.params["dest"])
-    same = (dest / MANIFEST).is_file() and (src / MANIFEST).is_file() and sha256_of(src / MANIFEST) == sha256_of(dest / MANIFEST)
+    manifests = (src / MANIFEST, dest / MANIFEST)
+    same = all(path.is_file() for path in manifests) and sha256_of(manifests[0]) == sha256_of(manifests[1])
     state = dest / STATE
     present = files_in(dest)
     if same and state.is_file() and json.loads(state.read_text()) == present:
@@ -114,8 +115,9 @@ def main() -> None:
     faults = find_faults(src, artefacts)
     if faults:
         module.fail_json(
-            msg=f"The bundle in {src} is refused and nothing was changed; {len(faults)} of its {len(artefacts)} artefacts "
-            f"differ from the signed manifest: {'; '.join(faults)}. Copy the bundle again, or gather it anew.",
+            msg=f"The bundle in {src} is refused and nothing was changed; {len(faults)} of its {len(artefacts)} "
+            f"artefacts differ from the signed manifest: {'; '.join(faults)}. Copy the bundle again, or gather it "
+            "anew.",
             faults=faults,
         )
 

@@ -77,8 +77,9 @@ class Apt:
         """Run apt-get and return what it printed; fail the module with its own words if it fails."""
         code, out, err = self.module.run_command([*self.command, *arguments])
         if code:
-            self.module.fail_json(msg=f"apt-get {' '.join(arguments[:3])} … failed: {err.strip() or out.strip()}", rc=code)
-        return out
+            what = f"apt-get {' '.join(arguments[:3])} …"
+            self.module.fail_json(msg=f"{what} failed: {err.strip() or out.strip()}", rc=code)
+        return str(out)
 
 
 def main() -> None:

@@ -74,6 +74,18 @@ options:
         type: list
         elements: str
         default: []
+  forward:
+    description: A port of 127.0.0.1 on this machine that leads to an address on the business network.
+    type: dict
+    suboptions:
+      port:
+        description: The port.
+        type: int
+        required: true
+      target:
+        description: The address and port that it leads to.
+        type: str
+        required: true
   authorized_key:
     description: SSH public key that may sign in as C(ansible).
     type: str
@@ -105,7 +117,14 @@ import shutil
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.chatnio.onprem.plugins.module_utils.lab import Interface, Lab, LabError, Network, Node
+from ansible_collections.chatnio.onprem.plugins.module_utils.lab import (
+    FORWARDER,
+    Interface,
+    Lab,
+    LabError,
+    Network,
+    Node,
+)
 
 TEXT = {"type": "str"}
 NAME = {"type": "str", "required": True}
@@ -127,6 +146,7 @@ def options() -> dict[str, object]:
         "state": {"type": "str", "choices": ["started", "absent"], "default": "started"},
         "networks": {"type": "list", "elements": "dict", "required": True, "options": network},
         "nodes": {"type": "list", "elements": "dict", "required": True, "options": node},
+        "forward": {"type": "dict", "options": {"port": {"type": "int", "required": True}, "target": NAME}},
         "authorized_key": {"type": "str", "no_log": False},
     }
 
@@ -150,7 +170,10 @@ def main() -> None:
             lab.up_networks()
             for node in lab.nodes:
                 lab.up_node(node, asked["authorized_key"])
+            if asked["forward"]:
+                lab.up_forward(**asked["forward"])
         else:
+            lab.end(FORWARDER)
             for node in lab.nodes:
                 lab.down_node(node)
             lab.down_networks()

@@ -47,7 +47,6 @@ did:
   elements: str
 """
 
-import glob
 import hashlib
 import json
 import time
@@ -79,8 +78,8 @@ class Unit:
         lines = self.systemctl("show", self.name, f"--property={','.join(PROPERTIES)}").splitlines()
         self.state: dict[str, str] = dict(line.partition("=")[::2] for line in lines)
         own = [self.state["FragmentPath"], *self.state["DropInPaths"].split()]
-        named = (path for pattern in self.module.params["files"] for path in glob.glob(pattern))
-        self.files = sorted({Path(path) for path in [*own, *named] if path})
+        named = (path for pattern in self.module.params["files"] for path in Path("/").glob(pattern.lstrip("/")))
+        self.files = sorted({*(Path(path) for path in own if path), *named})
         digest = hashlib.sha256()
         for path in self.files:
             digest.update(f"{path}\n".encode() + path.read_bytes())
@@ -106,26 +105,29 @@ class Unit:
             return
         code, _out, err = self.module.run_command(["systemctl", *arguments])
         if code:
-            _code, log, _err = self.module.run_command(["journalctl", "--unit", self.name, "--lines=20", "--no-pager", "--output=cat"])
+            journalctl = ["journalctl", "--unit", self.name, "--lines=20", "--no-pager", "--output=cat"]
+            _code, log, _err = self.module.run_command(journalctl)
             self.module.fail_json(
                 msg=f"systemctl {' '.join(arguments)} failed: {err.strip()}\nThe end of its log:\n{log}", did=self.did
             )
 
     def ensure(self) -> None:
         """Bring the unit where it should be."""
-        if self.state["NeedDaemonReload"] == "yes" or (self.state["LoadState"] == "not-found" and not self.module.check_mode):
-            self.act("daemon-reload")
-            self.look()
-        if self.state["LoadState"] == "not-found":
-            if not self.module.check_mode:
-                self.module.fail_json(msg=f"There is no unit {self.name}; the package or template that brings it did not run")
-            self.did += ["enable", "start"]
+        read = self.has_read() and not self.module.params["stale"]
+        running = self.state["ActiveState"] in ("active", "reloading")
+        enabled = self.state["UnitFileState"] not in ("disabled", "masked", "")
+        if read and running and enabled and self.state["NeedDaemonReload"] == "no":
             return
-        if self.state["UnitFileState"] in ("disabled", "masked"):
+        # In any case: NeedDaemonReload doesn't tell of the first drop-in of a unit.
+        self.act("daemon-reload")
+        self.look()
+        if self.state["LoadState"] == "not-found" and not self.module.check_mode:
+            self.module.fail_json(msg=f"There is no unit {self.name}; the package or template that brings it did not run")
+        if self.state["UnitFileState"] in ("disabled", "masked", ""):
             self.act("enable", self.name)
-        if self.state["ActiveState"] not in ("active", "reloading"):
+        if not running:
             self.act("restart", self.name)
-        elif self.module.params["stale"] or not self.has_read():
+        elif not read:
             self.act("reload" if self.module.params["reload"] else "restart", self.name)
 
     def remember(self) -> None:
