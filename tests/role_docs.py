@@ -71,10 +71,11 @@ def row(name: str, spec: Mapping[str, Any], default: str, like: str = "") -> str
 
 
 def format_default(value: object) -> str:
-    """Return a default as Markdown: itself if it is short, a pointer to the file if it is long."""
+    """Return a default as Markdown: as one writes it in YAML if it is short, a pointer to the file if it is long."""
     if value is None:
         return ""
-    text = value.strip() or '""' if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    plain = isinstance(value, str) and ("{{" in value or yaml.safe_load(value) == value)
+    text = str(value).strip() if plain else json.dumps(value, ensure_ascii=False)
     if len(text) > LONGEST or "\n" in text:
         return "see [defaults](defaults/main.yml)"
     return f"`{text}`"

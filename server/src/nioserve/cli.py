@@ -45,6 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("source", type=Path, metavar="SRC", help="a Hugging Face directory, or a GGUF file")
     quantize.add_argument("target", type=Path, metavar="OUT", help="the directory to make")
     quantize.add_argument("--name", help="the name it is served under (default: from SRC)")
+    for option in ("temperature", "top-p"):
+        quantize.add_argument(f"--{option}", type=float, help=f"{option} for requests that name none")
     quantize.set_defaults(run=_quantize)
 
     key = commands.add_parser("key", help="manage API keys").add_subparsers(required=True, metavar="COMMAND")
@@ -99,7 +101,9 @@ def _quantize(options: argparse.Namespace) -> int:
 
     logs.set_up("quantize", "info", "text")
     try:
-        print(quantize(options.source, options.target, options.name))
+        given = {"temperature": options.temperature, "top_p": options.top_p}
+        defaults = {key: value for key, value in given.items() if value is not None}
+        print(quantize(options.source, options.target, options.name, defaults))
     except ModelError as error:
         print(f"nioserve: {error}", file=sys.stderr)
         return 1

@@ -81,8 +81,8 @@ async def _begin(service: Service, chat: ChatRequest) -> Answer:
     prompt = await _encode(service, chat)
     limit = _token_limit(chat, len(prompt), service.max_model_len)
     sampling = Sampling(
-        temperature=1.0 if chat.temperature is None else chat.temperature,
-        top_p=1.0 if chat.top_p is None else chat.top_p,
+        temperature=service.temperature if chat.temperature is None else chat.temperature,
+        top_p=service.top_p if chat.top_p is None else chat.top_p,
         seed=chat.seed,
         ignore_eos=chat.ignore_eos,
     )

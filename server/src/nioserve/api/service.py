@@ -15,11 +15,16 @@ from nioserve.policy.identity import KeyStore
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """The model as this worker knows it, the way to the engine, and the keys in force."""
+    """The model as this worker knows it, the way to the engine, and the keys in force.
+
+    `temperature` and `top_p` are for requests that name none.
+    """
 
     model_name: str
     model_created: int
     max_model_len: int
+    temperature: float
+    top_p: float
     prompter: Prompter
     client: EngineClient
     keys: KeyStore

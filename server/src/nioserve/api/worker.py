@@ -30,7 +30,7 @@ from nioserve.engine.client import EngineClient
 from nioserve.engine.limits import resolve_max_model_len
 from nioserve.metrics import ApiMetrics
 from nioserve.models import manifest
-from nioserve.models.spec import load_spec
+from nioserve.models.spec import load_spec, sampling_defaults
 from nioserve.parent import die_with_parent
 from nioserve.policy.identity import KeyStore
 
@@ -65,10 +65,13 @@ def make_service(config: Config, runtime_dir: Path) -> Service:
     """Put together what the handlers need."""
     directory = config.model.path
     name = config.model.served_name or manifest.model_name(directory)
+    temperature, top_p = sampling_defaults(directory)
     return Service(
         model_name=name,
         model_created=int((directory / "config.json").stat().st_mtime),
         max_model_len=resolve_max_model_len(config, load_spec(directory)),
+        temperature=temperature,
+        top_p=top_p,
         prompter=Prompter(directory),
         client=EngineClient(runtime_dir),
         keys=KeyStore(config.auth.keys_file),

@@ -50,11 +50,11 @@ class TensorSource(Protocol):
         ...
 
 
-def quantize(source: Path, target: Path, name: str | None = None) -> Path:
+def quantize(source: Path, target: Path, name: str | None = None, defaults: dict[str, float] | None = None) -> Path:
     """Convert `source` into the model directory `target` and return it.
 
     Nothing is visible at `target` until everything is written. ModelError when the source is not supported, or when
-    the target exists and is not empty.
+    the target exists and is not empty. `defaults` (temperature, top_p) are for requests that name none.
     """
     if not source.exists():
         raise ModelError(f"{source}: does not exist")
@@ -64,7 +64,7 @@ def quantize(source: Path, target: Path, name: str | None = None) -> Path:
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         tensors, provenance = _from_gguf(source, work) if source.is_file() else _from_directory(source, work)
-        config = _finish_configs(work)
+        config = _finish_configs(work, defaults or {})
         _write_weights(tensors, work, tied=bool(config.get("tie_word_embeddings")))
         scheme = {"scheme": "w8a8", "weights": "int8 per output channel", "activations": "uint8 per token, dynamic"}
         manifest.write(work, name or _default_name(source), scheme, provenance)
@@ -119,7 +119,7 @@ def _save_tokenizer(source: Path, work: Path) -> None:
         raise ModelError(f"{source}: its tokenizer has no fast form (tokenizer.json)")
 
 
-def _finish_configs(work: Path) -> dict[str, Any]:
+def _finish_configs(work: Path, defaults: dict[str, float]) -> dict[str, Any]:
     """Check the configuration and write down every token that ends an answer; return the configuration."""
     config = read_json(work / "config.json")
     path = work / "generation_config.json"
@@ -129,8 +129,7 @@ def _finish_configs(work: Path) -> dict[str, Any]:
     ends |= _tokenizer_eos(work)
     if not ends:
         raise ModelError("neither generation_config.json nor the tokenizer names a token that ends an answer")
-    # Only what serving reads: what a client leaves out has the API's defaults and not the checkpoint's.
-    _write_json(path, {**generation, "eos_token_id": sorted(ends)})
+    _write_json(path, {**generation, **defaults, "eos_token_id": sorted(ends)})
     return config
 
 

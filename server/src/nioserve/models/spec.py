@@ -95,6 +95,14 @@ def parse_spec(config: dict[str, Any], generation: dict[str, Any]) -> ModelSpec:
         raise ModelError(f"config.json: {error.args[0]} is missing") from error
 
 
+def sampling_defaults(directory: Path) -> tuple[float, float]:
+    """Return temperature and top_p for requests that name none: the model's own where it has any, else 1 and 1."""
+    path = directory / "generation_config.json"
+    generation = read_json(path) if path.exists() else {}
+    temperature, top_p = generation.get("temperature"), generation.get("top_p")
+    return (1.0 if temperature is None else float(temperature)), (1.0 if top_p is None else float(top_p))
+
+
 def _rope(config: dict[str, Any]) -> RopeSpec:
     # transformers 5 writes `rope_parameters`; everything older `rope_theta` beside an optional `rope_scaling`.
     values = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}

@@ -1,0 +1,75 @@
+# What a developer and an operator type. `make help` lists it.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+export PYTHON
+# Everything that is kept between runs: the bundle, the base of the lab's machines, the labs themselves.
+export CHATNIO_CACHE ?= /var/cache/chatnio
+# Never look for anything beside what the lock file pins.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+step = @printf '\n\033[1m== %s\033[0m  (%s)\n' "$(1)" "$$(date +%T)"
+python_files := collections/ansible_collections/chatnio/onprem/plugins roles molecule tests server
+
+.PHONY: help
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+.PHONY: lab
+lab: machine toolchain  ## boot a lab on this machine, install the platform on it and ask the model a question
+	$(call step,Gather the bundle)
+	ansible-playbook playbooks/bundle.yml
+	$(call step,Boot three machines)
+	ansible-playbook playbooks/lab_up.yml
+	$(call step,Install the platform)
+	ansible-playbook site.yml
+	$(call step,Ask the model)
+	ansible-playbook playbooks/lab_ask.yml
+
+.PHONY: lab-down
+lab-down:  ## remove the lab; only $CHATNIO_CACHE stays
+	@ansible-playbook playbooks/lab_down.yml
+
+.PHONY: test
+test: machine toolchain check  ## everything that proves the platform, in half an hour
+	$(call step,Gather the bundle)
+	ansible-playbook playbooks/bundle.yml
+	$(call step,Every role)
+	molecule/run.sh
+	$(call step,The whole platform)
+	pytest tests/e2e
+
+.PHONY: test-full
+test-full: test  ## and what is slow (nothing yet: clusters, reboots and scale come here)
+
+.PHONY: check
+check: toolchain  ## lint, types and unit tests, in under two minutes
+	$(call step,Lint)
+	yamllint --strict .
+	ansible-lint --offline -q
+	ruff check .
+	ruff format --check .
+	$(call step,Types)
+	mypy
+	tests/role_docs.py --check
+	$(call step,Unit tests)
+	pytest -q -n 2 server/tests collections tests/unit
+
+.PHONY: machine
+machine:
+	@roles/lab/files/check-machine.sh "$(CHATNIO_CACHE)"
+
+# The packages that Python environments and the lab need, where they are missing.
+.PHONY: toolchain
+toolchain: .venv/.complete
+
+.venv/.complete: tests/requirements.lock server/pyproject.toml
+	$(call step,Install the toolchain)
+	tests/toolchain.sh
+
+.PHONY: lock
+lock:  ## resolve the pinned versions again
+	tests/lock.sh

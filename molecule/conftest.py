@@ -1,0 +1,69 @@
+"""Fixtures of every scenario: the lab's machines, the two places outside of them, and runs of the role."""
+
+import pytest
+import testinfra
+
+import labtools
+from labtools import LAB, Place
+
+
+@pytest.fixture(scope="session")
+def control():
+    """The machine that runs Ansible: 10.0.0.250, on the management network alone."""
+    return Place(LAB)
+
+
+@pytest.fixture(scope="session")
+def desk():
+    """A user's machine: 192.168.1.250, on the business network alone."""
+    return Place(f"{LAB}-user")
+
+
+@pytest.fixture(scope="session")
+def machines(tmp_path_factory):
+    """The lab's machines by name, reached as Ansible reaches them; commands run as root."""
+    config = tmp_path_factory.mktemp("ssh") / "config"
+    config.write_text(labtools.ssh_config())
+    return {
+        name: testinfra.get_host(f"ssh://{name}", ssh_config=str(config), sudo=True) for name in labtools.hosts()
+    }
+
+
+@pytest.fixture(scope="session")
+def core1(machines):
+    """The machine that is everything but a model node."""
+    return machines["core1"]
+
+
+@pytest.fixture(scope="session")
+def model1(machines):
+    """The first model node."""
+    return machines["model1"]
+
+
+@pytest.fixture(scope="session")
+def model2(machines):
+    """The second model node."""
+    return machines["model2"]
+
+
+@pytest.fixture(scope="session")
+def addresses():
+    """Addresses by machine: `management_address` and `business_address`."""
+    return labtools.hosts()
+
+
+@pytest.fixture(scope="session")
+def play():
+    """Runs the scenario's role again: `play("--check", variable=value).changed`."""
+    return labtools.play
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that alter machines by hand come last, so that the others see what the role itself left."""
+    items.sort(key=lambda item: item.get_closest_marker("by_hand") is not None)
+
+
+def pytest_configure(config):
+    """Declare the marker."""
+    config.addinivalue_line("markers", "by_hand: alters the machines by hand and has the role put them right")

@@ -1,0 +1,260 @@
+"""Processes die, clients hang up, operators restart: the service survives, and nothing is left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+from support import Service, events, text_of, wait_for
+
+from nioserve.policy.identity import new_key
+
+LONG = {"max_tokens": 3000, "ignore_eos": True}
+
+
+def idle(service: Service) -> bool:
+    return all(service.metric(name) == 0 for name in
+               ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"))  # fmt: skip
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_hanging_up_frees_the_place(service):
+    aborted = service.metric("request_success_total", finished_reason="abort")
+    with service.stream(**LONG) as response:
+        lines = response.iter_lines()
+        for _ in range(6):
+            next(lines)
+        assert service.metric("num_requests_running") == 1
+    wait_for(lambda: idle(service), 5, "the stream's end")
+    with contextlib.suppress(httpx.TimeoutException):
+        httpx.post(service.url + "/v1/chat/completions", json=service.body(**LONG), headers=service.headers,
+                   timeout=0.3)  # fmt: skip
+    wait_for(lambda: idle(service), 5, "the end of the one that was not streaming")
+    assert service.metric("request_success_total", finished_reason="abort") == aborted + 2
+
+
+def test_a_full_queue_says_when_to_come_back_and_hanging_up_in_it_frees_it(start_service):
+    service = start_service(engine={"max_num_seqs": 1, "max_num_queued_reqs": 1})
+    with service.stream(**LONG) as running:
+        next(running.iter_lines())
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(service.stream(**LONG))
+            wait_for(lambda: service.metric("num_requests_waiting") == 1, what="queueing")
+            refused = service.chat()
+            assert refused.status_code == 429
+            assert 1 <= int(refused.headers["retry-after"]) <= 60
+            assert refused.json()["error"]["code"] == "queue_full"
+            assert service.metric("admission_rejections_total", reason="queue_full") == 1
+            assert service.probe() == 200, "a busy service is ready"
+        wait_for(lambda: service.metric("num_requests_waiting") == 0, what="leaving the queue")
+        assert service.metric("num_requests_running") == 1
+    wait_for(lambda: idle(service), what="idleness")
+
+
+def test_draining_finishes_streams_and_refuses_new_connections(start_service):
+    service = start_service(server={"workers": 2})
+    pids = [service.process.pid, *service.children("nioserve")]
+    with service.stream(max_tokens=1500, ignore_eos=True) as response:
+        lines = response.iter_lines()
+        next(lines)
+        service.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: refused(service.port), 5, "refusing")
+        assert service.probe() == 503
+        assert service.process.poll() is None
+        rest = [line.removeprefix("data: ") for line in lines if line]
+    assert rest[-1] == "[DONE]"
+    assert json.loads(rest[-2])["choices"][0]["finish_reason"] == "length"
+    assert service.process.wait(10) == 0
+    assert not any(alive(pid) for pid in pids)
+    assert not list((service.directory / "run").iterdir())
+
+
+def refused(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def test_draining_is_bounded(start_service):
+    service = start_service(server={"shutdown_timeout": 1})
+    started = time.monotonic()
+    with pytest.raises(httpx.TransportError), service.stream(**LONG) as response:
+        for number, _ in enumerate(response.iter_lines()):
+            if number == 0:
+                service.kill("engine.process", signal.SIGSTOP)
+                service.process.send_signal(signal.SIGTERM)
+    assert service.process.wait(10) == 0
+    assert time.monotonic() - started < 8
+
+
+def test_a_second_signal_ends_at_once(start_service):
+    service = start_service()
+    pids = service.children("nioserve")
+    with contextlib.suppress(httpx.TransportError), service.stream(**LONG) as response:
+        for number, _ in enumerate(response.iter_lines()):
+            if number == 0:
+                service.process.send_signal(signal.SIGTERM)
+                wait_for(lambda: refused(service.port), 5, "refusing")
+                service.process.send_signal(signal.SIGINT)
+    assert service.process.wait(3) == 1
+    assert not any(alive(pid) for pid in pids)
+
+
+def test_a_dead_engine_fails_what_was_in_flight_and_comes_back(start_service):
+    service = start_service()
+    before = text_of_chat(service)
+    tokens = service.metric("generation_tokens_total")
+    answers: list[httpx.Response] = []
+    waiting = threading.Thread(target=lambda: answers.append(service.chat(**LONG)))
+    with service.stream(**LONG) as response:
+        lines = response.iter_lines()
+        next(lines)
+        waiting.start()
+        wait_for(lambda: service.metric("num_requests_running") == 2, what="running")
+        service.kill("engine.process")
+        last = [line for line in lines if line][-1]
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_unavailable"
+    waiting.join(5)
+    assert answers[0].status_code == 503
+    assert answers[0].json()["error"]["type"] == "service_unavailable"
+    assert "retry-after" in answers[0].headers
+    assert service.probe() == 503
+    assert (service.probe("/livez"), service.probe("/startupz")) == (200, 200)
+    assert service.chat().status_code == 503
+    wait_for(service.ready, 30, "recovery")
+    wait_for(lambda: service.chat().status_code == 200, 5, "answering")
+    assert text_of_chat(service) == before
+    assert service.metric("process_restarts_total", process="engine") == 1
+    assert service.metric("generation_tokens_total") > tokens, "counts survive"
+    assert service.metric("request_success_total", finished_reason="error") == 2
+
+
+def text_of_chat(service: Service) -> str:
+    return service.chat().json()["choices"][0]["message"]["content"]
+
+
+def test_a_hung_engine_is_noticed_and_replaced(start_service):
+    service = start_service(engine={"hang_timeout": 1})
+    pid = service.kill("engine.process", signal.SIGSTOP)
+    wait_for(lambda: service.probe() == 503, 6, "noticing")
+    wait_for(service.ready, 30, "recovery")
+    assert service.children("engine.process") != [pid]
+    assert not alive(pid)
+
+
+def test_a_dead_worker_is_replaced_and_its_requests_are_dropped(start_service):
+    service = start_service()
+    with contextlib.suppress(httpx.TransportError), service.stream(**LONG) as response:
+        for number, _ in enumerate(response.iter_lines()):
+            if number == 0:
+                pid = service.kill("api.worker")
+    wait_for(lambda: service.children("api.worker") not in ([], [pid]), 10, "a new worker")
+    wait_for(lambda: idle(service), 5, "dropping the dead worker's requests")
+    wait_for(lambda: answers(service), 15, "an answer")
+    assert service.metric("process_restarts_total", process="api") == 1
+
+
+def answers(service: Service) -> bool:
+    try:
+        return service.chat().status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def test_no_process_outlives_a_killed_supervisor(start_service):
+    service = start_service(server={"workers": 2})
+    pids = service.children("nioserve")
+    assert len(pids) == 3
+    service.process.kill()
+    service.process.wait()
+    wait_for(lambda: not any(alive(pid) for pid in pids), 5, "their end")
+
+
+def test_keys_are_read_again_on_sighup(start_service):
+    service = start_service()
+    service.keys_file.write_text(yaml.safe_dump([new_key("carol", "C", "D")[1]]))
+    service.process.send_signal(signal.SIGHUP)
+    wait_for(lambda: service.chat().status_code == 401, 3, "refusing the old key")
+
+
+def test_a_model_that_is_not_what_was_converted_is_not_served(int8_model, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(int8_model, tmp_path / "copy")
+    (copy / "tokenizer.json").write_bytes((copy / "tokenizer.json").read_bytes() + b" ")
+    service = Service(tmp_path, copy)
+    with pytest.raises(AssertionError, match=r"tokenizer\.json: sha256 differs"):
+        service.__enter__()
+    assert service.process.wait(5) == 1
+    service.__exit__()
+
+
+def test_an_int8_model_is_served(start_service, int8_model):
+    service = start_service(model={"path": str(int8_model), "served_name": None})
+    assert httpx.get(service.url + "/v1/models", headers=service.headers).json()["data"][0]["id"] == "tiny"
+    with service.stream(max_tokens=40) as response:
+        assert text_of(events(response)) == service.chat(max_tokens=40).json()["choices"][0]["message"]["content"]
+
+
+def test_systemd_is_told(start_service, tmp_path):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+        channel.bind(str(tmp_path / "notify"))
+        channel.settimeout(10)
+        service = start_service(env={"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "400000"})
+        heard = {channel.recv(100) for _ in range(6)}
+        assert heard == {b"READY=1", b"WATCHDOG=1"}
+        service.process.send_signal(signal.SIGTERM)
+        assert service.process.wait(15) == 0
+        channel.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                heard.add(channel.recv(100))
+    assert b"STOPPING=1" in heard
+
+
+def test_mutual_tls(start_service, tmp_path):
+    authority(tmp_path)
+    tls = {"certificate": str(tmp_path / "server.pem"), "key": str(tmp_path / "server.key"),
+           "client_ca": str(tmp_path / "ca.pem")}  # fmt: skip
+    service = start_service(server={"tls": tls})
+    context = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
+    url = service.url + "/v1/models"
+    with pytest.raises(httpx.TransportError):
+        httpx.get(url, headers=service.headers, verify=context)
+    context.load_cert_chain(tmp_path / "client.pem", tmp_path / "client.key")
+    assert httpx.get(url, headers=service.headers, verify=context).status_code == 200
+    with pytest.raises(httpx.TransportError):
+        httpx.get(url.replace("https", "http"))
+
+
+def authority(directory: Path) -> None:
+    """Make a CA, and a certificate each for the server and a client."""
+
+    def openssl(*arguments: str) -> None:
+        subprocess.run(["openssl", *arguments], cwd=directory, check=True, capture_output=True)
+
+    new = ["req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
+    openssl(*new, "-x509", "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=CA",
+            "-addext", "keyUsage=critical,keyCertSign")  # fmt: skip
+    for name in ("server", "client"):
+        openssl(*new, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}",
+                "-addext", "subjectAltName=IP:127.0.0.1")  # fmt: skip
+        openssl("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-copy_extensions", "copy",
+                "-out", f"{name}.pem")  # fmt: skip
+    os.chmod(directory / "server.key", 0o600)
