@@ -57,13 +57,3 @@ def addresses():
 def play():
     """Runs the scenario's role again: `play("--check", variable=value).changed`."""
     return labtools.play
-
-
-def pytest_collection_modifyitems(items):
-    """Tests that alter machines by hand come last, so that the others see what the role itself left."""
-    items.sort(key=lambda item: item.get_closest_marker("by_hand") is not None)
-
-
-def pytest_configure(config):
-    """Declare the marker."""
-    config.addinivalue_line("markers", "by_hand: alters the machines by hand and has the role put them right")

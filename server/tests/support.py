@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -90,19 +92,21 @@ def wait_for(condition, seconds: float = 15, what: str = "it"):
 class Service:
     """`nioserve serve` with its own ports, keys and directories."""
 
-    def __init__(self, directory: Path, model: Path, env: dict[str, str] | None = None, **sections) -> None:
+    def __init__(self, directory: Path, model_dir: Path, env: dict[str, str] | None = None, **sections) -> None:
         self.directory, self.model = directory, "tiny"
         self.key, record = new_key("alice", "Alice", "cardiology")
+        # Not below pytest's directories: their names are too long for sockets.
+        self.runtime_dir = Path(tempfile.mkdtemp(prefix="nio-test-"))
         self.keys_file = directory / "keys.yml"
         self.keys_file.write_text(yaml.safe_dump([record]))
         self.port, self.metrics_port = free_port(), free_port()
         config = {
             "server": {"port": self.port, "workers": 1, "shutdown_timeout": 20, "max_body_bytes": 65536},
             "metrics": {"port": self.metrics_port},
-            "model": {"path": str(model), "served_name": "tiny"},
+            "model": {"path": str(model_dir), "served_name": "tiny"},
             "engine": {"max_num_seqs": 4, "max_num_batched_tokens": 64, "kv_cache_tokens": 16384, "threads": 1},
             "auth": {"keys_file": str(self.keys_file)},
-            "runtime_dir": str(directory / "run"),
+            "runtime_dir": str(self.runtime_dir),
         }
         for name, section in sections.items():
             config[name].update(section)
@@ -124,6 +128,7 @@ class Service:
             self.process.kill()
         self.process.wait()
         self.log.close()
+        shutil.rmtree(self.runtime_dir)
 
     def ready(self) -> bool:
         assert self.process.poll() is None, self.log_text()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import threading
 
 import httpx
@@ -92,7 +94,7 @@ BAD = {
     "messages missing": ({"messages": ...}, 400, "messages", None),
     "content null": ({"messages": [{"role": "user", "content": None}]}, 400, "messages[0].content", "invalid_content"),
     "image": ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, 400,
-              "messages[0].content[0].type", None),
+              "messages[0].content", "invalid_content"),
     "role": ({"messages": [{"role": "wizard", "content": "x"}]}, 400, "messages[0].role", None),
     "template refuses": ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "messages", None),
     "too long": ({"messages": [{"role": "user", "content": "x" * CONTEXT}]}, 400, "messages",
@@ -142,7 +144,7 @@ def test_malformed_bodies(service, content):
 @pytest.mark.parametrize(
     ("headers", "code"),
     [({}, "missing_api_key"), ({"Authorization": "Bearer nio_alice_0"}, "invalid_api_key"),
-     ({"Authorization": "Basic eDp5"}, "invalid_api_key"), ({"Authorization": "Bearer "}, "invalid_api_key")],
+     ({"Authorization": "Basic eDp5"}, "invalid_api_key"), ({"Authorization": "Bearer"}, "invalid_api_key")],
 )  # fmt: skip
 def test_without_a_valid_key_nothing_is_served(service, headers, code):
     for response in (
@@ -161,16 +163,15 @@ def test_bodies_are_bounded_before_they_are_read(service):
             yield b" " * 65536
 
     url = service.url + "/v1/chat/completions"
-    headers = {**service.headers, "Content-Length": str(10**12)}
-    with httpx.Client() as client:
-        request = client.build_request("POST", url, headers=headers, content=iter([b"{"]))
-        response = client.send(request)
-    assert response.status_code == 413
-    assert error_of(response)["code"] == "request_too_large"
-    try:  # without a length: cut off as soon as the limit is passed
+    with socket.create_connection(("127.0.0.1", service.port), timeout=5) as raw:  # announced, and never sent
+        raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000000\r\n\r\n{")
+        answer = raw.recv(65536)
+        assert answer.startswith(b"HTTP/1.1 413")
+        assert b'"code":"request_too_large"' in answer
+        assert b"connection: close" in answer
+    # Without a length: cut off as soon as the limit is passed, maybe while the rest is still being sent.
+    with contextlib.suppress(httpx.TransportError):
         assert httpx.post(url, content=endless(), headers=service.headers).status_code == 413
-    except httpx.TransportError:
-        pass  # the connection may be closed while the rest is still being sent
     assert service.chat().status_code == 200
 
 
@@ -253,3 +254,10 @@ def test_many_at_once_get_the_answers_they_get_alone(service):
     for thread in threads:
         thread.join()
     assert [together[number] for number in range(12)] == alone
+
+
+def test_half_a_surrogate_is_no_text(service):
+    body = json.dumps(service.body("\ud800")).encode()
+    response = httpx.post(service.url + "/v1/chat/completions", content=body, headers=service.headers)
+    assert response.status_code == 400
+    assert error_of(response)["code"] == "invalid_json"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import socket
 import ssl
@@ -16,11 +15,18 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
-from support import Service, events, text_of, wait_for
+from support import Service, wait_for
 
 from nioserve.policy.identity import new_key
 
 LONG = {"max_tokens": 3000, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def robust(hf_model, tmp_path_factory):
+    """A service that must survive what is done to it, one test after another."""
+    with Service(tmp_path_factory.mktemp("robust"), hf_model, engine={"hang_timeout": 2}) as running:
+        yield running
 
 
 def idle(service: Service) -> bool:
@@ -53,7 +59,8 @@ def test_hanging_up_frees_the_place(service):
 def test_a_full_queue_says_when_to_come_back_and_hanging_up_in_it_frees_it(start_service):
     service = start_service(engine={"max_num_seqs": 1, "max_num_queued_reqs": 1})
     with service.stream(**LONG) as running:
-        next(running.iter_lines())
+        lines = running.iter_lines()  # dropping it would close the stream
+        next(lines)
         with contextlib.ExitStack() as stack:
             stack.enter_context(service.stream(**LONG))
             wait_for(lambda: service.metric("num_requests_waiting") == 1, what="queueing")
@@ -68,8 +75,12 @@ def test_a_full_queue_says_when_to_come_back_and_hanging_up_in_it_frees_it(start
     wait_for(lambda: idle(service), what="idleness")
 
 
-def test_draining_finishes_streams_and_refuses_new_connections(start_service):
-    service = start_service(server={"workers": 2})
+def test_draining_finishes_streams_and_refuses_new_connections(start_service, systemd):
+    service = start_service(
+        server={"workers": 2}, env={"NOTIFY_SOCKET": systemd.getsockname(), "WATCHDOG_USEC": "2000000"}
+    )  # fmt: skip
+    hear(systemd, b"READY=1")
+    hear(systemd, b"WATCHDOG=1")
     pids = [service.process.pid, *service.children("nioserve")]
     with service.stream(max_tokens=1500, ignore_eos=True) as response:
         lines = response.iter_lines()
@@ -78,12 +89,28 @@ def test_draining_finishes_streams_and_refuses_new_connections(start_service):
         wait_for(lambda: refused(service.port), 5, "refusing")
         assert service.probe() == 503
         assert service.process.poll() is None
+        hear(systemd, b"STOPPING=1")
         rest = [line.removeprefix("data: ") for line in lines if line]
     assert rest[-1] == "[DONE]"
     assert json.loads(rest[-2])["choices"][0]["finish_reason"] == "length"
     assert service.process.wait(10) == 0
     assert not any(alive(pid) for pid in pids)
-    assert not list((service.directory / "run").iterdir())
+    assert not list(service.runtime_dir.iterdir())
+
+
+@pytest.fixture
+def systemd(tmp_path):
+    """Where a service manager would listen."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+        channel.bind(str(tmp_path / "notify"))
+        channel.settimeout(10)
+        yield channel
+
+
+def hear(channel: socket.socket, word: bytes) -> None:
+    """Wait until the service manager was told this."""
+    while channel.recv(100) != word:
+        pass
 
 
 def refused(port: int) -> bool:
@@ -116,10 +143,10 @@ def test_a_second_signal_ends_at_once(start_service):
     assert not any(alive(pid) for pid in pids)
 
 
-def test_a_dead_engine_fails_what_was_in_flight_and_comes_back(start_service):
-    service = start_service()
+def test_a_dead_engine_fails_what_was_in_flight_and_comes_back(robust):
+    service = robust
     before = text_of_chat(service)
-    tokens = service.metric("generation_tokens_total")
+    tokens, restarts = service.metric("generation_tokens_total"), service.metric("process_restarts_total")
     answers: list[httpx.Response] = []
     waiting = threading.Thread(target=lambda: answers.append(service.chat(**LONG)))
     with service.stream(**LONG) as response:
@@ -140,7 +167,7 @@ def test_a_dead_engine_fails_what_was_in_flight_and_comes_back(start_service):
     wait_for(service.ready, 30, "recovery")
     wait_for(lambda: service.chat().status_code == 200, 5, "answering")
     assert text_of_chat(service) == before
-    assert service.metric("process_restarts_total", process="engine") == 1
+    assert service.metric("process_restarts_total", process="engine") == restarts + 1
     assert service.metric("generation_tokens_total") > tokens, "counts survive"
     assert service.metric("request_success_total", finished_reason="error") == 2
 
@@ -149,8 +176,8 @@ def text_of_chat(service: Service) -> str:
     return service.chat().json()["choices"][0]["message"]["content"]
 
 
-def test_a_hung_engine_is_noticed_and_replaced(start_service):
-    service = start_service(engine={"hang_timeout": 1})
+def test_a_hung_engine_is_noticed_and_replaced(robust):
+    service = robust
     pid = service.kill("engine.process", signal.SIGSTOP)
     wait_for(lambda: service.probe() == 503, 6, "noticing")
     wait_for(service.ready, 30, "recovery")
@@ -158,8 +185,8 @@ def test_a_hung_engine_is_noticed_and_replaced(start_service):
     assert not alive(pid)
 
 
-def test_a_dead_worker_is_replaced_and_its_requests_are_dropped(start_service):
-    service = start_service()
+def test_a_dead_worker_is_replaced_and_its_requests_are_dropped(robust):
+    service = robust
     with contextlib.suppress(httpx.TransportError), service.stream(**LONG) as response:
         for number, _ in enumerate(response.iter_lines()):
             if number == 0:
@@ -167,7 +194,7 @@ def test_a_dead_worker_is_replaced_and_its_requests_are_dropped(start_service):
     wait_for(lambda: service.children("api.worker") not in ([], [pid]), 10, "a new worker")
     wait_for(lambda: idle(service), 5, "dropping the dead worker's requests")
     wait_for(lambda: answers(service), 15, "an answer")
-    assert service.metric("process_restarts_total", process="api") == 1
+    assert service.metric("process_restarts_total", process="api") >= 1
 
 
 def answers(service: Service) -> bool:
@@ -186,11 +213,14 @@ def test_no_process_outlives_a_killed_supervisor(start_service):
     wait_for(lambda: not any(alive(pid) for pid in pids), 5, "their end")
 
 
-def test_keys_are_read_again_on_sighup(start_service):
-    service = start_service()
-    service.keys_file.write_text(yaml.safe_dump([new_key("carol", "C", "D")[1]]))
-    service.process.send_signal(signal.SIGHUP)
-    wait_for(lambda: service.chat().status_code == 401, 3, "refusing the old key")
+def test_keys_are_read_again_on_sighup(robust):
+    before = robust.keys_file.read_text()
+    robust.keys_file.write_text(yaml.safe_dump([new_key("carol", "C", "D")[1]]))
+    robust.process.send_signal(signal.SIGHUP)
+    wait_for(lambda: robust.chat().status_code == 401, 3, "refusing the old key")
+    robust.keys_file.write_text(before)
+    robust.process.send_signal(signal.SIGHUP)
+    wait_for(lambda: robust.chat().status_code == 200, 3, "taking it again")
 
 
 def test_a_model_that_is_not_what_was_converted_is_not_served(int8_model, tmp_path):
@@ -205,40 +235,21 @@ def test_a_model_that_is_not_what_was_converted_is_not_served(int8_model, tmp_pa
     service.__exit__()
 
 
-def test_an_int8_model_is_served(start_service, int8_model):
-    service = start_service(model={"path": str(int8_model), "served_name": None})
-    assert httpx.get(service.url + "/v1/models", headers=service.headers).json()["data"][0]["id"] == "tiny"
-    with service.stream(max_tokens=40) as response:
-        assert text_of(events(response)) == service.chat(max_tokens=40).json()["choices"][0]["message"]["content"]
-
-
-def test_systemd_is_told(start_service, tmp_path):
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
-        channel.bind(str(tmp_path / "notify"))
-        channel.settimeout(10)
-        service = start_service(env={"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "400000"})
-        heard = {channel.recv(100) for _ in range(6)}
-        assert heard == {b"READY=1", b"WATCHDOG=1"}
-        service.process.send_signal(signal.SIGTERM)
-        assert service.process.wait(15) == 0
-        channel.setblocking(False)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                heard.add(channel.recv(100))
-    assert b"STOPPING=1" in heard
-
-
-def test_mutual_tls(start_service, tmp_path):
+def test_an_int8_model_behind_mutual_tls(start_service, int8_model, tmp_path):
     authority(tmp_path)
     tls = {"certificate": str(tmp_path / "server.pem"), "key": str(tmp_path / "server.key"),
            "client_ca": str(tmp_path / "ca.pem")}  # fmt: skip
-    service = start_service(server={"tls": tls})
+    service = start_service(server={"tls": tls}, model={"path": str(int8_model), "served_name": None})
     context = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
     url = service.url + "/v1/models"
     with pytest.raises(httpx.TransportError):
         httpx.get(url, headers=service.headers, verify=context)
     context.load_cert_chain(tmp_path / "client.pem", tmp_path / "client.key")
-    assert httpx.get(url, headers=service.headers, verify=context).status_code == 200
+    models = httpx.get(url, headers=service.headers, verify=context)
+    assert models.json()["data"][0]["id"] == "tiny", "the manifest's name"
+    answer = httpx.post(service.url + "/v1/chat/completions", json=service.body(), headers=service.headers,
+                        verify=context)  # fmt: skip
+    assert answer.json()["usage"]["completion_tokens"] == 8
     with pytest.raises(httpx.TransportError):
         httpx.get(url.replace("https", "http"))
 
@@ -257,4 +268,4 @@ def authority(directory: Path) -> None:
                 "-addext", "subjectAltName=IP:127.0.0.1")  # fmt: skip
         openssl("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-copy_extensions", "copy",
                 "-out", f"{name}.pem")  # fmt: skip
-    os.chmod(directory / "server.key", 0o600)
+    (directory / "server.key").chmod(0o600)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 import uuid
 from collections.abc import AsyncGenerator
 from typing import Any
 
 import msgspec
+import pydantic_core
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
@@ -42,18 +42,21 @@ async def chat_completions(request: Request) -> Response:
             param="model", code="model_not_found",
         )  # fmt: skip
     answer = await unless_gone(request.receive, _begin(service, chat))
-    request.scope[RECORD]["stream"] = chat.stream
+
+    def finish() -> None:
+        answer.close()
+        request.scope[RECORD].update(stream=chat.stream, **answer.log_fields())
+
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.model_name}
     if chat.stream:
         usage = bool(chat.stream_options and chat.stream_options.include_usage)
-        return EventStream(_stream(answer, head, usage, request.scope[RECORD]))
+        return EventStream(_stream(answer, head, usage), finish)
     try:
         text = await unless_gone(request.receive, _collect(answer))
     except EngineUnavailableError as error:
         raise _unavailable(str(error)) from error
     finally:
-        answer.close()
-        request.scope[RECORD].update(answer.log_fields())
+        finish()
     choice = {
         "index": 0,
         "message": {"role": "assistant", "content": text, "refusal": None},
@@ -70,8 +73,9 @@ async def _read_json(request: Request) -> object:
     except TimeoutError as error:
         raise ApiError(408, f"The request body did not arrive within {BODY_SECONDS} seconds.") from error
     try:
-        return json.loads(body)
-    except (ValueError, RecursionError) as error:
+        # Stricter than the json module: half a surrogate and NaN are no JSON, and nesting is bounded.
+        return pydantic_core.from_json(body, allow_inf_nan=False)
+    except ValueError as error:
         raise ApiError(400, f"The body is not valid JSON: {error}.", code="invalid_json") from error
 
 
@@ -141,9 +145,7 @@ async def _collect(answer: Answer) -> str:
     return "".join([piece async for piece in answer.pieces()])
 
 
-async def _stream(
-    answer: Answer, head: dict[str, Any], include_usage: bool, record: dict[str, Any]
-) -> AsyncGenerator[bytes, None]:
+async def _stream(answer: Answer, head: dict[str, Any], include_usage: bool) -> AsyncGenerator[bytes, None]:
     """Yield the chunks. The status is out already, so an engine that is lost on the way ends in an error event."""
     shared = {**head, "object": "chat.completion.chunk", **({"usage": None} if include_usage else {})}
 
@@ -161,9 +163,6 @@ async def _stream(
         yield b"data: [DONE]\n\n"
     except EngineUnavailableError as error:
         yield _event(_unavailable(str(error)).body())
-    finally:
-        answer.close()
-        record.update(answer.log_fields())
 
 
 def _event(value: object) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, TypeVar
 
 from starlette.responses import Response
@@ -41,15 +41,19 @@ async def _disconnect(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events from a generator, which is closed when the client hangs up or the stream ends."""
+    """Server-sent events from a generator. `close` is called once, when the stream ends or the client hangs up.
+
+    It is not the generator's own `finally`, because that does not run in a generator that was never begun: a client
+    may be gone before the first event.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], close: Callable[[], None]) -> None:
         # X-Accel-Buffering: a proxy in front must pass each event on as it comes.
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._events = events
+        self._events, self._close = events, close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream."""
@@ -57,6 +61,7 @@ class EventStream(Response):
             await unless_gone(receive, self._pump(send))
         finally:
             await self._events.aclose()
+            self._close()
 
     async def _pump(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

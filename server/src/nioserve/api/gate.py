@@ -85,7 +85,9 @@ class Gate:
 
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > limit:
-            await too_large(limit).response()(scope, receive, send)
+            response = too_large(limit).response()
+            response.headers["Connection"] = "close"  # rather than read on for the next request
+            await response(scope, receive, send)
             return
         await self._app(scope, bounded_receive, send)
 

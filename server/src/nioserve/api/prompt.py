@@ -9,6 +9,7 @@ import json
 import secrets
 from collections.abc import Sequence
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,9 +31,7 @@ class Prompter:
     def __init__(self, directory: Path) -> None:
         settings = read_json(directory / "tokenizer_config.json")
         self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-        # A second one, because the switch is a property of the whole tokeniser.
-        self._literal = Tokenizer.from_file(str(directory / "tokenizer.json"))
-        self._literal.encode_special_tokens = True
+        self._directory = directory
         self._special = [
             token.content for token in self.tokenizer.get_added_tokens_decoder().values() if token.special
         ]  # fmt: skip
@@ -60,6 +59,13 @@ class Prompter:
             elif piece:
                 ids += self.tokenizer.encode(piece, add_special_tokens=False).ids
         return ids
+
+    @cached_property
+    def _literal(self) -> Tokenizer:
+        """The tokeniser with control tokens read as text: a second one, because that is a switch of the whole."""
+        tokenizer = Tokenizer.from_file(str(self._directory / "tokenizer.json"))
+        tokenizer.encode_special_tokens = True
+        return tokenizer
 
     def _quote(self, text: str, quoted: list[str]) -> str:
         """Take control tokens out of what people wrote: `<|im_end|>` in a message is text, and ends nothing.

@@ -40,9 +40,9 @@ log = logging.getLogger(__name__)
 class Server(uvicorn.Server):
     """uvicorn, with its signals kept to draining, and word to the supervisor once it serves."""
 
-    def __init__(self, config: uvicorn.Config, runtime_dir: Path) -> None:
+    def __init__(self, config: uvicorn.Config, client: EngineClient, runtime_dir: Path) -> None:
         super().__init__(config)
-        self._runtime_dir = runtime_dir
+        self._client, self._runtime_dir = client, runtime_dir
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -55,8 +55,9 @@ class Server(uvicorn.Server):
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start to serve, and say so."""
+        """Start to serve, and say so once the service's state is known: before, every answer would be 503."""
         await super().startup(sockets)
+        await self._client.informed.wait()
         supervisor = transport.Sender(transport.Addresses(self._runtime_dir).supervisor())
         supervisor.send(messages.encode(messages.WorkerReady(os.getpid())))
 
@@ -103,7 +104,7 @@ async def serve(config: Config, runtime_dir: Path, listener: socket.socket) -> N
     """Serve until drained."""
     service = make_service(config, runtime_dir)
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, service.keys.refresh, True)
-    await Server(uvicorn_config(config, service), runtime_dir).serve(sockets=[listener])
+    await Server(uvicorn_config(config, service), service.client, runtime_dir).serve(sockets=[listener])
 
 
 def main() -> None:

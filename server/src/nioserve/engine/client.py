@@ -73,6 +73,8 @@ class EngineClient:
         self._pending: dict[str, Generation] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._reader: asyncio.Task[None] | None = None
+        self.informed = asyncio.Event()
+        """Set once the supervisor's first word is here."""
         self.state = ServiceState(epoch=0, engine_ready=False, draining=False, started=False, detail="starting")
 
     def start(self) -> None:
@@ -114,6 +116,7 @@ class EngineClient:
         subscriber = transport.listen_to(self._context, self._addresses.state())
         while True:
             self._apply(messages.decode_state(await subscriber.recv()))
+            self.informed.set()
 
     def _apply(self, state: ServiceState) -> None:
         before, self.state = self.state, state

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,13 +50,25 @@ def _default_cache_tokens(spec: ModelSpec, longest: int, sequences: int) -> int:
 
 
 def _free_memory() -> int:
-    """Return the bytes this process may still take: the machine's, or less where a cgroup says so."""
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            available = int(line.split()[1]) * 1024
-    for path in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
-        text = path.read_text(encoding="ascii").strip() if path.exists() else "max"
-        if text != "max":
-            available = min(available, int(text))
-    return available
+    """Return the bytes this process may still take: the machine's, or less where its cgroup or one above says so."""
+    meminfo = Path("/proc/meminfo").read_text(encoding="ascii")
+    available = next(int(line.split()[1]) * 1024 for line in meminfo.splitlines() if line.startswith("MemAvailable:"))
+    return min([available, *_cgroup_limits()])
+
+
+def _cgroup_limits() -> list[int]:
+    limits = []
+    for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":  # version 2
+            root, name = Path("/sys/fs/cgroup"), "memory.max"
+        elif controllers == "memory":
+            root, name = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"
+        else:
+            continue
+        group = root / path.strip("/")
+        for file in (folder / name for folder in (group, *group.parents) if folder.is_relative_to(root)):
+            text = file.read_text(encoding="ascii").strip() if file.exists() else "max"
+            if text != "max":
+                limits.append(int(text))
+    return limits

@@ -67,6 +67,7 @@ class Broadcast:
 
     def __init__(self, address: str) -> None:
         self._socket: Socket[bytes] = Context.instance().socket(SocketType.PUB)
+        self._socket.setsockopt(SocketOption.LINGER, 0)
         self._socket.bind(address)
 
     def send(self, message: bytes) -> None:

@@ -18,6 +18,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 from nioserve import health
+from nioserve.config import ConfigError
 from nioserve.engine.messages import ServiceState
 
 log = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ _SCRAPE_SECONDS = 10
 
 
 class Monitoring:
-    """The server, and the supervisor's own metrics."""
+    """The server, and the supervisor's own metrics. ConfigError when the address cannot be had."""
 
     def __init__(self, host: str, port: int, directory: Path, state: Callable[[], ServiceState]) -> None:
         self._directory = directory
@@ -39,7 +40,10 @@ class Monitoring:
         for process in ("engine", "api"):
             self.restarts.labels(process)
         self.ready.set_function(lambda: float(health.probe("/readyz", state())[0] == 200))
-        self._server = _Server(host, port, registry, state)
+        try:
+            self._server = _Server(host, port, registry, state)
+        except OSError as error:
+            raise ConfigError([f"metrics: cannot listen on {host} port {port}: {error.strerror}"]) from error
         threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True).start()
 
     def forget(self, pid: int) -> None:

@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from types import FrameType
 
+import msgspec
+
 from nioserve.config import Config, ConfigError
 from nioserve.engine import messages, transport
 from nioserve.engine.messages import EngineReady, Heartbeat, ServiceState, WorkerReady
@@ -45,7 +47,7 @@ class Supervisor:
         self._config_file = directory / "config.json"
         self._config_file.write_text(config.model_dump_json(), encoding="utf-8")
         self._state = ServiceState(epoch=0, engine_ready=False, draining=False, started=False, detail="starting")
-        self._monitoring = Monitoring(config.metrics.host, config.metrics.port, metrics, lambda: self._state)
+        self._monitoring = Monitoring(config.metrics.host, config.metrics.port, metrics, self._public_state)
         addresses = transport.Addresses(directory)
         self._inbox = transport.Inbox(addresses.supervisor())
         self._outbox = transport.Broadcast(addresses.state())
@@ -88,7 +90,8 @@ class Supervisor:
 
     def _on_reload(self, _number: int, _frame: FrameType | None) -> None:
         for worker in self._workers:
-            worker.send(signal.SIGHUP)
+            if worker.ready:  # one that is starting reads the file anyway
+                worker.send(signal.SIGHUP)
 
     def _read_inbox(self) -> None:
         wait = _TICK_MS
@@ -162,6 +165,12 @@ class Supervisor:
         arguments = [str(self._config_file), str(descriptor)]
         return Child.start("nioserve.api.worker", arguments, self._environment, keep=[descriptor])
 
+    def _public_state(self) -> ServiceState:
+        """Return the state as the metrics port tells it: without a worker, nothing is served."""
+        if self._state.engine_ready and not any(worker.ready for worker in list(self._workers)):
+            return msgspec.structs.replace(self._state, engine_ready=False, detail="no API worker is running")
+        return self._state
+
     def _begin_drain(self) -> None:
         log.info("draining", extra={"timeout": self._config.server.shutdown_timeout})
         notify("STOPPING=1")
@@ -195,18 +204,8 @@ class Supervisor:
     def _all_workers_ready(self) -> bool:
         return len(self._workers) == self._config.server.workers and all(worker.ready for worker in self._workers)
 
-    def _change(
-        self, *, epoch: int | None = None, engine_ready: bool | None = None, draining: bool | None = None,
-        started: bool | None = None, detail: str,
-    ) -> None:  # fmt: skip
-        old = self._state
-        self._state = ServiceState(
-            epoch=old.epoch if epoch is None else epoch,
-            engine_ready=old.engine_ready if engine_ready is None else engine_ready,
-            draining=old.draining if draining is None else draining,
-            started=old.started if started is None else started,
-            detail=detail,
-        )
+    def _change(self, **changes: int | bool | str) -> None:
+        self._state = msgspec.structs.replace(self._state, **changes)
         self._publish()
 
     def _publish(self) -> None:

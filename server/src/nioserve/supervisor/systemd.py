@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import socket
 
+_SECONDS = 1.0
+
 
 def notify(state: str) -> None:
     """Send a state such as `READY=1`; without systemd, or when it does not listen, nothing happens."""
@@ -14,6 +16,7 @@ def notify(state: str) -> None:
     if address.startswith("@"):  # an abstract socket
         address = "\0" + address[1:]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+        channel.settimeout(_SECONDS)  # a listener that does not read must not stop the service
         try:
             channel.sendto(state.encode(), address)
         except OSError:

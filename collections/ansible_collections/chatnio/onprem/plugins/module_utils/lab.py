@@ -74,7 +74,8 @@ def run(*command: str, fails: bool = True) -> str:
     """Run a command and return what it printed."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode and fails:
-        raise LabError(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip() or f'exit {done.returncode}'}")
+        reason = done.stderr.strip() or done.stdout.strip() or f"exit {done.returncode}"
+        raise LabError(f"{' '.join(command)}: {reason}")
     return done.stdout
 
 
@@ -162,7 +163,12 @@ class Lab:
 
         with self.console(member).open("ab") as console:
             subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=console, stderr=console, start_new_session=True, preexec_fn=enter
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=console,
+                stderr=console,
+                start_new_session=True,
+                preexec_fn=enter,
             )
 
     def console(self, member: str) -> Path:
@@ -194,8 +200,8 @@ class Lab:
         self.spawn(FORWARDER, ["socat", f"TCP-LISTEN:{port},bind=127.0.0.1,fork,reuseaddr", f"EXEC:{into}"])
         time.sleep(0.3)
         if not self.processes(FORWARDER):
-            reason = self.console(FORWARDER).read_text().strip().splitlines()[-1:]
-            raise LabError(f"127.0.0.1:{port} can't be forwarded ({' '.join(reason)}); CHATNIO_LAB_PORT names another port")
+            reason = " ".join(self.console(FORWARDER).read_text().strip().splitlines()[-1:])
+            raise LabError(f"127.0.0.1:{port} can't be forwarded ({reason}); CHATNIO_LAB_PORT names another port")
         self.log.append(f"forwarder 127.0.0.1:{port}")
 
     # -- nodes ---------------------------------------------------------------------------------------------------
@@ -230,6 +236,9 @@ class Lab:
 
     def _furnish(self, root: Path, node: Node, authorized_key: str) -> None:
         (root / "etc/hostname").write_text(f"{node.name}\n")
+        # As Debian's installer leaves it. Without its own name in it, every sudo there waits for a name server.
+        if not (hosts := root / "etc/hosts").exists():
+            hosts.write_text(f"127.0.0.1 localhost\n127.0.1.1 {node.name}\n")
         for interface in node.interfaces:
             unit = root / f"etc/systemd/network/10-{interface.name}.network"
             if interface.address and not unit.exists():

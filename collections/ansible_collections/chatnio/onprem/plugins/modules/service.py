@@ -82,7 +82,8 @@ class Unit:
         self.files = sorted({*(Path(path) for path in own if path), *named})
         digest = hashlib.sha256()
         for path in self.files:
-            digest.update(f"{path}\n".encode() + path.read_bytes())
+            # With its time: a file that was altered, read by a reload, and put right again is not what the unit runs.
+            digest.update(f"{path} {path.stat().st_mtime_ns}\n".encode() + path.read_bytes())
         self.digest = digest.hexdigest()
 
     @property
@@ -92,8 +93,10 @@ class Unit:
 
     def has_read(self) -> bool:
         """Say whether the running unit has read the files as they are now."""
-        if self.stamp.is_file() and json.loads(self.stamp.read_text()) == [self.state["InvocationID"], self.digest]:
-            return True
+        if self.stamp.is_file():
+            invocation, digest = json.loads(self.stamp.read_text())
+            if invocation == self.state["InvocationID"]:
+                return bool(digest == self.digest)
         started = int(self.state["ActiveEnterTimestampMonotonic"]) / 1e6
         booted = time.time() - time.clock_gettime(time.CLOCK_MONOTONIC)
         return all(path.stat().st_ctime < booted + started for path in self.files)
@@ -122,7 +125,9 @@ class Unit:
         self.act("daemon-reload")
         self.look()
         if self.state["LoadState"] == "not-found" and not self.module.check_mode:
-            self.module.fail_json(msg=f"There is no unit {self.name}; the package or template that brings it did not run")
+            self.module.fail_json(
+                msg=f"There is no unit {self.name}; the package or template that brings it did not run"
+            )
         if self.state["UnitFileState"] in ("disabled", "masked", ""):
             self.act("enable", self.name)
         if not running:
