@@ -1,9 +1,11 @@
 """Fixtures of every scenario: the lab's machines, the two places outside of them, and runs of the role."""
 
-import pytest
-import testinfra
+import shlex
+import subprocess
 
 import labtools
+import pytest
+import testinfra
 from labtools import LAB, Place
 
 
@@ -20,13 +22,28 @@ def desk():
 
 
 @pytest.fixture(scope="session")
-def machines(tmp_path_factory):
-    """The lab's machines by name, reached as Ansible reaches them; commands run as root."""
+def ssh(tmp_path_factory):
+    """OpenSSH's configuration for the lab's machines, as a file."""
     config = tmp_path_factory.mktemp("ssh") / "config"
     config.write_text(labtools.ssh_config())
-    return {
-        name: testinfra.get_host(f"ssh://{name}", ssh_config=str(config), sudo=True) for name in labtools.hosts()
-    }
+    return str(config)
+
+
+@pytest.fixture(scope="session")
+def machines(ssh):
+    """The lab's machines by name, reached as Ansible reaches them; commands run as root."""
+    return {name: testinfra.get_host(f"ssh://{name}", ssh_config=ssh, sudo=True) for name in labtools.hosts()}
+
+
+@pytest.fixture(scope="session")
+def feed(ssh):
+    """Runs a command on a machine as root with text as its input, for what must not stand in a command line."""
+
+    def run(name, text, *command):
+        words = ["ssh", "-F", ssh, name, "sudo", shlex.join(command)]
+        return subprocess.run(words, input=text, capture_output=True, text=True, timeout=120, check=False)
+
+    return run
 
 
 @pytest.fixture(scope="session")

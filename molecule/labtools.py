@@ -122,7 +122,13 @@ class Run:
 def play(*arguments: str, playbook: str | Path | None = None, **variables: object) -> Run:
     """Run the scenario's converge.yml, or another playbook, with extra variables."""
     playbook = playbook or Path(os.environ["MOLECULE_SCENARIO_DIRECTORY"], "converge.yml")
-    command = ["ansible-playbook", f"--inventory={INVENTORY}", f"--extra-vars={json.dumps(variables)}", *arguments, playbook]
+    command = [
+        "ansible-playbook",
+        f"--inventory={INVENTORY}",
+        f"--extra-vars={json.dumps(variables)}",
+        *arguments,
+        playbook,
+    ]
     environment = {**os.environ, "ANSIBLE_STDOUT_CALLBACK": "ansible.posix.json"}
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert "{\n" in done.stdout, f"{command} printed no result: {done.stdout}\n{done.stderr}"

@@ -9,9 +9,19 @@ MACHINES = sorted(hosts())
 def sign_in(control, address, user, *options):
     """Try to sign in with the lab's key and return what ssh said."""
     done = control.run(
-        "ssh", "-F", "none", "-o", "BatchMode=yes", "-o", f"UserKnownHostsFile={FOLDER}/ssh/known_hosts",
-        "-i", f"{FOLDER}/ssh/id_ed25519", *options, f"{user}@{address}", "echo signed in",
-    )  # fmt: skip
+        "ssh",
+        "-F",
+        "none",
+        "-o",
+        "BatchMode=yes",
+        "-o",
+        f"UserKnownHostsFile={FOLDER}/ssh/known_hosts",
+        "-i",
+        f"{FOLDER}/ssh/id_ed25519",
+        *options,
+        f"{user}@{address}",
+        "echo signed in",
+    )
     return done.stdout + done.stderr
 
 
@@ -47,10 +57,12 @@ def test_a_package_installs(machines, name):
 def test_a_mirror_that_somebody_else_signed_is_refused(model1):
     keyring = "/usr/share/keyrings/debian-archive-bookworm-stable.gpg"
     model1.check_output(f"echo 'deb [signed-by={keyring}] http://10.0.0.11/apt bookworm main' > /run/by-hand.list")
+    model1.check_output("mkdir -p /run/by-hand/partial")
     refused = model1.run(
         "apt-get update --error-on=any -o Dir::Etc::sourceparts=/dev/null -o Dir::Etc::sourcelist=/run/by-hand.list"
-        " -o Dir::State::Lists=/run/by-hand && rm -r /run/by-hand.list /run/by-hand"
+        " -o Dir::State::Lists=/run/by-hand"
     )
+    model1.check_output("rm -r /run/by-hand /run/by-hand.list")
     assert refused.rc != 0
     assert "NO_PUBKEY" in refused.stdout + refused.stderr
 

@@ -39,7 +39,10 @@ def test_the_management_network_is_silent_by_way_of_the_business_network(desk, a
 
 def test_machines_reach_no_unnamed_port_of_each_other(model1, addresses):
     assert knock_from(model1, addresses["core1"]["management_address"], 80, UNNAMED) == {80: "open", UNNAMED: "silent"}
-    assert knock_from(model1, addresses["model2"]["business_address"], 8000, UNNAMED) == {8000: "silent", UNNAMED: "silent"}
+    assert knock_from(model1, addresses["model2"]["business_address"], 8000, UNNAMED) == {
+        8000: "silent",
+        UNNAMED: "silent",
+    }
 
 
 @pytest.mark.parametrize("name", MACHINES)
@@ -78,8 +81,8 @@ def test_rules_altered_by_hand_are_put_right_and_those_of_others_are_left(play, 
 
 def test_a_file_altered_by_hand_is_put_right(play, model2, control, addresses):
     model2.check_output(
-        "sed -i 's/^    chain input {/&\\n        tcp dport %s accept/' /etc/chatnio/firewall.nft"
-        " && systemctl reload chatnio-firewall" % UNNAMED
+        f"sed -i '/^    chain input/a tcp dport {UNNAMED} accept' /etc/chatnio/firewall.nft"
+        " && systemctl reload chatnio-firewall"
     )
     assert control.knock(addresses["model2"]["management_address"], UNNAMED) == {UNNAMED: "open"}
     assert set(play().changed) == {"model2"}

@@ -14,7 +14,9 @@ TAMPERED = "/var/tmp/tampered"
 def fetch(place, path):
     """Return what the mirror serves, as bytes."""
     return subprocess.run(
-        place.command("curl", "--silent", "--fail", "--max-time", "10", f"{MIRROR}/{path}"), capture_output=True, check=True
+        place.command("curl", "--silent", "--fail", "--max-time", "10", f"{MIRROR}/{path}"),
+        capture_output=True,
+        check=True,
     ).stdout
 
 
@@ -40,14 +42,28 @@ def test_the_repository_is_signed_and_its_index_whole(control, tmp_path):
         (tmp_path / name.rpartition("/")[2]).write_bytes(fetch(control, f"apt/dists/bookworm/{name}"))
     (tmp_path / "key.asc").write_bytes((CACHE / "bundle/key.asc").read_bytes())
     subprocess.run(["gpg", "--homedir", tmp_path, "--dearmor", tmp_path / "key.asc"], check=True, capture_output=True)
-    subprocess.run(["gpgv", "--keyring", tmp_path / "key.asc.gpg", tmp_path / "InRelease"], check=True, capture_output=True)
+    subprocess.run(
+        ["gpgv", "--keyring", tmp_path / "key.asc.gpg", tmp_path / "InRelease"], check=True, capture_output=True
+    )
     index = hashlib.sha256((tmp_path / "Packages.gz").read_bytes()).hexdigest()
     assert f"{index} " in (tmp_path / "InRelease").read_text()
 
 
 def test_python_finds_its_packages(control, tmp_path):
-    done = control.run("pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--dest", str(tmp_path),
-                       "--index-url", f"{MIRROR}/pypi/", "--trusted-host", "10.0.0.11", "idna")  # fmt: skip
+    done = control.run(
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--dest",
+        str(tmp_path),
+        "--index-url",
+        f"{MIRROR}/pypi/",
+        "--trusted-host",
+        "10.0.0.11",
+        "idna",
+    )
     assert done.returncode == 0, done.stderr
     assert [path.suffix for path in tmp_path.iterdir()] == [".whl"]
 
@@ -61,7 +77,9 @@ def test_the_business_network_gets_nothing(core1, desk, addresses):
     address = addresses["core1"]["business_address"]
     added = core1.run(f"ip addr add {address}/24 dev biz0 && ip link set biz0 up").rc == 0
     answers = [
-        desk.run("curl", "--silent", "--max-time", "3", "--header", f"Host: {host}", f"http://{address}/manifest.json").stdout
+        desk.run(
+            "curl", "--silent", "--max-time", "3", "--header", f"Host: {host}", f"http://{address}/manifest.json"
+        ).stdout
         for host in ("10.0.0.11", address)
     ]
     if added:
@@ -91,7 +109,7 @@ def test_a_tampered_artefact_is_refused_by_name_and_nothing_changes(play, core1,
 
 def test_a_manifest_that_was_changed_after_signing_is_refused(play, core1, tampered):
     core1.check_output(f"cp --remove-destination /srv/bundle/manifest.json {TAMPERED}/manifest.json")
-    core1.check_output(f"sed -i '0,/\"size\": /s//\"size\": 1/' {TAMPERED}/manifest.json")
+    core1.check_output(f'sed -i \'0,/"size": /s//"size": 1/\' {TAMPERED}/manifest.json')
     run = play(mirror_source=TAMPERED)
     assert run.code != 0
     assert not run.changed

@@ -1,7 +1,6 @@
 """Two networks that stay apart, on machines that know each other."""
 
 import pytest
-
 from labtools import hosts, knock_from, until
 
 MACHINES = sorted(hosts())
@@ -29,7 +28,7 @@ def test_no_machine_is_a_router_between_the_networks(desk, addresses):
 
 @pytest.mark.parametrize("name", MACHINES)
 def test_machines_know_each_other_by_name(machines, addresses, name):
-    for other in MACHINES:
+    for other in set(MACHINES) - {name}:
         found = machines[name].check_output(f"getent ahostsv4 {other}").split()[0]
         assert found == addresses[other]["management_address"]
 
@@ -45,7 +44,7 @@ def test_settings_altered_by_hand_are_put_right(play, core1, model1, desk, addre
     )
     model1.check_output(
         "sed -i 's/^Address=.*/Address=192.168.1.99\\/24/' /etc/systemd/network/20-chatnio-business.network"
-        " && systemctl restart systemd-networkd"
+        " && networkctl reload"
     )
     assert core1.check_output("sysctl -n net.ipv4.conf.all.rp_filter") == "0"
     until(lambda: not desk.pings(addresses["model1"]["business_address"]))

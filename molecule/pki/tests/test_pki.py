@@ -50,20 +50,19 @@ def test_no_two_machines_share_a_key(machines):
     assert len({public(machine) for machine in machines.values()}) == len(machines)
 
 
-def test_the_authoritys_key_opens_with_the_passphrase_alone(core1):
-    read = "openssl pkey -in /etc/pki/chatnio-ca/ca.key -noout -passin stdin"
-    assert core1.run(f"echo wrong | {read}").rc != 0
-    assert core1.run(f"echo %s | {read}", secret("ca_passphrase")).rc == 0
+def test_the_authoritys_key_opens_with_the_passphrase_alone(core1, feed):
+    read = ("openssl", "pkey", "-in", "/etc/pki/chatnio-ca/ca.key", "-noout", "-passin", "stdin")
+    assert feed("core1", "wrong\n", *read).returncode != 0
+    assert feed("core1", secret("ca_passphrase"), *read).returncode == 0
     assert core1.run("runuser -u nobody -- ls /etc/pki/chatnio-ca").rc != 0
 
 
 @pytest.mark.parametrize("name", MACHINES)
-def test_authority_and_passphrase_are_nowhere_else(machines, name):
-    machine = machines[name]
-    assert machine.file("/etc/pki/chatnio-ca").exists == (name == "core1")
-    places = "/etc /home /root /var/lib /var/log /var/tmp /tmp /usr/local /run/chatnio"
-    assert machine.run(f"grep -rlFs %s {places}", secret("ca_passphrase")).stdout == ""
-    kept = machine.run(f"grep -rlFs 'BEGIN ENCRYPTED PRIVATE KEY' {places}").stdout.split()
+def test_authority_and_passphrase_are_nowhere_else(machines, feed, name):
+    assert machines[name].file("/etc/pki/chatnio-ca").exists == (name == "core1")
+    places = ("/etc", "/home", "/root", "/var/lib", "/var/log", "/var/tmp", "/tmp", "/usr/local", "/run/chatnio")
+    assert feed(name, secret("ca_passphrase"), "grep", "-rlFsf", "-", *places).stdout == ""
+    kept = feed(name, "BEGIN ENCRYPTED PRIVATE KEY", "grep", "-rlFsf", "-", *places).stdout.split()
     assert kept == (["/etc/pki/chatnio-ca/ca.key"] if name == "core1" else [])
 
 

@@ -3,14 +3,11 @@
 import json
 
 import pytest
-from labtools import knock_from, secret, until
+from labtools import secret, until
 
 ADDRESS, PORT = "10.0.0.11", 6379
-TLS = "ssl.create_default_context(cafile='/etc/pki/chatnio/ca.pem')"
-CERTIFICATE = "context.load_cert_chain('/etc/pki/chatnio/node.pem', '/etc/pki/chatnio/node.key')"
 
-# Speaks Redis' inline protocol over TLS, with nothing but Python's own library. The last line is not read: a command
-# that asks for nothing more tells that all before it was answered.
+# Speaks Redis' protocol over TLS with nothing but Python's own library.
 ASK = """
 import json, socket, ssl, sys
 commands, certificate = json.load(sys.stdin)
@@ -37,13 +34,15 @@ print(json.dumps(answers))
 
 
 @pytest.fixture(scope="session")
-def ask(model1):
+def ask(feed):
     """Sends commands to Redis from a model node, over one connection, and returns the answers."""
 
     def send(*commands, certificate=True, sign_in=True):
         user = [("AUTH", "nioserve", secret("redis_nioserve"))] if sign_in else []
         question = json.dumps([[*user, *commands], certificate])
-        answers = json.loads(model1.check_output("echo %s | python3 -c %s", question, ASK))
+        done = feed("model1", question, "python3", "-c", ASK)
+        assert done.returncode == 0, done.stderr
+        answers = json.loads(done.stdout)
         return answers[len(user) :] if sign_in and answers[0] == "+OK" else answers
 
     return send
@@ -51,15 +50,24 @@ def ask(model1):
 
 def test_the_model_service_keeps_what_is_its_own(ask):
     assert ask(("SET", "nioserve:trial", "1", "EX", "60"), ("GET", "nioserve:trial"), ("DEL", "nioserve:trial")) == [
-        "+OK", "1", ":1",
-    ]  # fmt: skip
+        "+OK",
+        "1",
+        ":1",
+    ]
 
 
 @pytest.mark.parametrize(
     "command",
-    [("GET", "others:key"), ("FLUSHALL",), ("KEYS", "*"), ("CONFIG", "GET", "dir"), ("ACL", "LIST"), ("DEBUG", "SLEEP", "0"),
-     ("PUBLISH", "others", "x")],
-)  # fmt: skip
+    [
+        ("GET", "others:key"),
+        ("FLUSHALL",),
+        ("KEYS", "*"),
+        ("CONFIG", "GET", "dir"),
+        ("ACL", "LIST"),
+        ("MONITOR",),
+        ("PUBLISH", "others", "x"),
+    ],
+)
 def test_and_nothing_else(ask, command):
     (answer,) = ask(command)
     assert answer.startswith("-NOPERM"), answer
@@ -79,15 +87,12 @@ def test_a_wrong_password_is_refused(ask):
 
 def test_without_a_certificate_nobody_is_heard(ask):
     (answer,) = ask(("PING",), certificate=False, sign_in=False)
-    assert "certificate required" in answer or answer.startswith("ConnectionReset"), answer
+    assert "Error: " in answer, answer  # the handshake's, not an answer of Redis
 
 
 def test_without_tls_nobody_is_heard(model1):
-    answer = model1.check_output(
-        "python3 -c %s",
-        f"import socket; s = socket.create_connection(('{ADDRESS}', {PORT}), 5); s.send(b'PING\\r\\n'); print(s.recv(99))",
-    )
-    assert "PONG" not in answer
+    bare = f"exec 3<>/dev/tcp/{ADDRESS}/{PORT}; echo PING >&3; timeout 3 cat <&3"
+    assert "PONG" not in model1.run("bash -c %s", bare).stdout
 
 
 def test_it_is_on_the_management_network_alone(desk, control, addresses):
@@ -100,18 +105,21 @@ def test_it_is_on_the_management_network_alone(desk, control, addresses):
 
 
 def test_memory_is_bound(ask):
-    # 96 MB of keys that may go, where 64 MB are allowed: the oldest make room, and Redis goes on.
-    block = "x" * 1_000_000
-    writes = [("SET", f"nioserve:fill:{number}", block, "EX", "60") for number in range(3)]
-    assert ask(*writes) == ["+OK"] * 3
+    # 80 MB where 64 are allowed: keys nearest to their end make room, and Redis goes on.
+    block = "x" * 4_000_000
+    writes = [("SET", f"nioserve:fill:{number}", block, "EX", str(60 + number)) for number in range(20)]
+    assert ask(*writes) == ["+OK"] * 20
+    assert ask(("EXISTS", "nioserve:fill:0"), ("EXISTS", "nioserve:fill:19")) == [":0", ":1"]
     (info,) = ask(("INFO", "memory"))
     limits = dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
     assert (limits["maxmemory"], limits["maxmemory_policy"]) == (str(64 * 1024 * 1024), "volatile-ttl")
 
 
-def test_the_password_is_on_no_machine(machines):
-    for machine in machines.values():
-        assert machine.run("grep -rlFs %s /etc /home /root /var /run/chatnio", secret("redis_nioserve")).stdout == ""
+@pytest.mark.parametrize("name", ["core1", "model1", "model2"])
+def test_the_password_is_on_no_machine(feed, name):
+    # The model service's own configuration will need it; Redis keeps a hash.
+    places = ("/etc/redis", "/home", "/root", "/var/lib/redis", "/var/log", "/var/tmp", "/tmp", "/run/chatnio")
+    assert feed(name, secret("redis_nioserve"), "grep", "-rlFsf", "-", *places).stdout == ""
 
 
 def test_it_comes_back_when_it_dies(core1, ask):
@@ -121,17 +129,20 @@ def test_it_comes_back_when_it_dies(core1, ask):
 
 def test_settings_altered_by_hand_are_put_right(play, core1, ask):
     core1.check_output("sed -i 's/^tls-auth-clients yes/tls-auth-clients no/' /etc/redis/redis.conf")
-    core1.check_output("echo 'user default on nopass ~* +@all' >> /etc/redis/users.acl && systemctl restart redis-server")
-    assert ask(("PING",), certificate=False, sign_in=False) == ["+PONG"]
+    core1.check_output("sed -i 's/-@dangerous/+@dangerous/' /etc/redis/users.acl && systemctl restart redis-server")
+    (heard,) = ask(("PING",), certificate=False, sign_in=False)
+    assert heard.startswith("-NOAUTH")
+    assert ask(("KEYS", "none:*")) == ["*0"]
 
     assert set(play().changed) == {"core1"}
 
-    (answer,) = ask(("PING",), certificate=False, sign_in=False)
-    assert answer != "+PONG"
-    assert ask(("PING",)) == ["+PONG"]
+    (heard,) = ask(("PING",), certificate=False, sign_in=False)
+    assert "Error: " in heard
+    (allowed,) = ask(("KEYS", "none:*"))
+    assert allowed.startswith("-NOPERM")
 
 
 def test_a_renewed_certificate_is_taken_up(play, core1, ask):
     core1.check_output("touch /etc/pki/chatnio/node.pem")
-    assert play().changed == {"core1": ["Ensure Redis runs with its present configuration"]}
+    assert play().changed == {"core1": ["redis : Ensure Redis runs with its present configuration"]}
     assert ask(("PING",)) == ["+PONG"]

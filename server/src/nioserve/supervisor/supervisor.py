@@ -8,6 +8,7 @@ nobody listens any more, running answers finish, then the workers end, then the 
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 import time
@@ -126,9 +127,8 @@ class Supervisor:
 
     def _start_engine(self) -> None:
         epoch = self._state.epoch + 1
-        self._engine = Child.start(
-            "nioserve.engine.process", [str(self._config_file), str(epoch)], self._environment
-        )  # fmt: skip
+        environment = {**self._environment, **_thread_settings()}
+        self._engine = Child.start("nioserve.engine.process", [str(self._config_file), str(epoch)], environment)
         self._change(epoch=epoch, engine_ready=False, detail="the engine is loading the model")
 
     def _lose_engine(self, engine: Child, what: str, status: int) -> None:
@@ -211,6 +211,18 @@ class Supervisor:
     def _publish(self) -> None:
         self._published = time.monotonic()
         self._outbox.send(messages.encode(self._state))
+
+
+def _thread_settings() -> dict[str, str]:
+    """Return how the engine's threads wait for each other, unless the operator has said it.
+
+    torch's OpenMP lets a thread that is done spin for about a millisecond. Alone on two cores that is the fastest; but
+    when another process takes a core, the spinning keeps the late thread from it: measured 47 tokens/s at batch 1 alone
+    and 3 beside a busy machine. 10,000 turns cost 5 % alone and are four times as fast then.
+    """
+    if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        return {}
+    return {"GOMP_SPINCOUNT": "10000"}
 
 
 def serve(config: Config) -> int:

@@ -25,13 +25,14 @@ function inline(text) {
 export function render(target, text) {
   const nodes = [];
   let last = 0;
+  // A block has margins of its own: the empty lines around it are not shown as well.
   for (const match of text.matchAll(FENCE)) {
-    nodes.push(...inline(text.slice(last, match.index)));
+    nodes.push(...inline(text.slice(last, match.index).replace(last ? /^\n+|\n+$/g : /\n+$/, "")));
     const block = document.createElement("pre");
     block.append(element("code", match[1]));
     nodes.push(block);
     last = match.index + match[0].length;
   }
-  nodes.push(...inline(text.slice(last)));
+  nodes.push(...inline(last ? text.slice(last).replace(/^\n+/, "") : text));
   target.replaceChildren(...nodes);
 }

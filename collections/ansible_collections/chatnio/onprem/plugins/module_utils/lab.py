@@ -27,8 +27,9 @@ from pathlib import Path
 NETNS = Path("/run/netns")
 CGROUPS = Path("/sys/fs/cgroup")
 FORWARDER = "forwarder"
-# The controllers that systemd in a node gives its units.
-CONTROLLERS = ("systemd", "memory", "cpu", "cpuacct", "cpuset", "pids", "blkio", "devices", "freezer")
+# The hierarchies of the first version, and the one of the second that may stand beside them. A node has to be alone in
+# each: systemd-nspawn moves it below the group that it finds in `unified`.
+CONTROLLERS = ("unified", "systemd", "memory", "cpu", "cpuacct", "cpuset", "pids", "blkio", "devices", "freezer")
 NETWORKD = """[Match]
 Name={name}
 
