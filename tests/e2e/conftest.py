@@ -52,10 +52,16 @@ class Lab:
         return f"nio_alice_{(self.folder / 'secrets/alice').read_text().split()[0]}"
 
     def playbook(self, *arguments: str) -> Run:
-        environment = {**os.environ, "CHATNIO_LAB": self.name, "CHATNIO_LAB_PORT": str(self.port), "ANSIBLE_NOCOLOR": "1"}
+        lab = {"CHATNIO_LAB": self.name, "CHATNIO_LAB_PORT": str(self.port)}
+        environment = {**os.environ, **lab, "ANSIBLE_NOCOLOR": "1"}
         done = subprocess.run(
-            ["ansible-playbook", *arguments], cwd=ROOT, env=environment, text=True, check=False,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            ["ansible-playbook", *arguments],
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            check=False,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
         return Run(done.returncode, done.stdout)
 
@@ -64,10 +70,24 @@ class Lab:
         ssh = self.folder / "ssh"
         address = {"core1": "10.0.0.11", "model1": "10.0.0.21", "model2": "10.0.0.22"}[host]
         done = subprocess.run(
-            ["ssh", "-q", "-i", ssh / "id_ed25519", "-o", f"UserKnownHostsFile={ssh}/known_hosts",
-             "-o", f"ProxyCommand=nsenter --net=/run/netns/{self.name} socat - TCP:%h:%p",
-             f"ansible@{address}", "sudo", "sh", "-s"],
-            input=command, capture_output=True, text=True, check=False,
+            [
+                "ssh",
+                "-q",
+                "-i",
+                ssh / "id_ed25519",
+                "-o",
+                f"UserKnownHostsFile={ssh}/known_hosts",
+                "-o",
+                f"ProxyCommand=nsenter --net=/run/netns/{self.name} socat - TCP:%h:%p",
+                f"ansible@{address}",
+                "sudo",
+                "sh",
+                "-s",
+            ],
+            input=command,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert not check or done.returncode == 0, f"{host}: {command}: {done.stdout}{done.stderr}"
         return done.stdout
@@ -118,5 +138,5 @@ def platform(machines: Lab, rehearsal: Run) -> Lab:
     machines.runs["rehearsal"] = rehearsal
     first = machines.runs["first"] = machines.playbook("site.yml")
     assert first.code == 0, first.output
-    print(first.output[first.output.index("ROLE SUMMARY"):])
+    print(first.output[first.output.index("ROLE SUMMARY") :])
     return machines

@@ -4,6 +4,9 @@ import re
 import threading
 import time
 
+import httpx
+import openai
+
 from .conftest import Lab
 from .test_chat import MODEL
 
@@ -13,7 +16,10 @@ STREAMS = 16
 def stream(lab: Lab, tokens: int) -> str:
     """Take one streamed answer and return its finish reason; any error of the gateway or a replica is raised."""
     chunks = lab.openai().chat.completions.create(
-        model=MODEL, stream=True, temperature=0, max_tokens=tokens,
+        model=MODEL,
+        stream=True,
+        temperature=0,
+        max_tokens=tokens,
         messages=[{"role": "user", "content": "Tell me a long story about a lighthouse."}],
     )
     return [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1]
@@ -26,7 +32,7 @@ def test_a_rolling_restart_costs_no_answer(platform: Lab) -> None:
         while not done.is_set():
             try:
                 finished.append(stream(platform, tokens=24))
-            except Exception as error:
+            except (openai.OpenAIError, httpx.HTTPError) as error:
                 failed.append(repr(error))
 
     users = [threading.Thread(target=user) for _ in range(STREAMS)]
@@ -45,9 +51,8 @@ def test_a_rolling_restart_costs_no_answer(platform: Lab) -> None:
     assert not failed
     assert len(finished) > 2 * STREAMS
     assert set(finished) <= {"stop", "length"}
-    assert ' 502 ' not in platform.on("core1", "cat /var/log/nginx/gateway.log")
-    statuses = re.findall(r'"status":(\d+)', platform.on("core1", f"tail -n {len(finished)} /var/log/nginx/gateway.log"))
-    assert set(statuses) == {"200"}
+    log = platform.on("core1", f"tail -n {len(finished)} /var/log/nginx/gateway.log")
+    assert set(re.findall(r'"status":(\d+)', log)) == {"200"}
 
 
 def test_a_dead_replica_leaves_the_service_answering(platform: Lab) -> None:
@@ -72,7 +77,10 @@ def test_a_user_who_hangs_up_frees_the_place(platform: Lab) -> None:
     client = platform.openai()
     opened = [
         client.chat.completions.create(
-            model=MODEL, stream=True, temperature=0, max_tokens=2000,
+            model=MODEL,
+            stream=True,
+            temperature=0,
+            max_tokens=2000,
             messages=[{"role": "user", "content": f"Count upwards from {start}, one number a line."}],
         )
         for start in range(4)

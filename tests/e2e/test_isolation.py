@@ -5,11 +5,19 @@ import pytest
 from .conftest import ADDRESSES, Lab
 
 CLOSED_TO_USERS = [
-    ("192.168.1.11", 22), ("192.168.1.11", 6379), ("192.168.1.21", 8000), ("192.168.1.22", 8000),
-    ("192.168.1.21", 8001), ("192.168.1.21", 22),
+    ("192.168.1.11", 22),
+    ("192.168.1.11", 6379),
+    ("192.168.1.21", 8000),
+    ("192.168.1.22", 8000),
+    ("192.168.1.21", 8001),
+    ("192.168.1.21", 22),
 ]
 CLOSED_TO_MANAGEMENT = [
-    ("10.0.0.11", 443), ("10.0.0.11", 6379), ("10.0.0.21", 8000), ("10.0.0.21", 8001), ("10.0.0.11", 80),
+    ("10.0.0.11", 443),
+    ("10.0.0.11", 6379),
+    ("10.0.0.21", 8000),
+    ("10.0.0.21", 8001),
+    ("10.0.0.11", 80),
 ]
 
 
@@ -34,8 +42,12 @@ def test_a_machine_that_is_in_no_group_reaches_no_service(platform: Lab, address
 @pytest.mark.parametrize("host", ADDRESSES)
 def test_machines_have_no_way_out(platform: Lab, host: str) -> None:
     assert "default" not in platform.on(host, "ip route")
-    assert "unreachable" in platform.on(host, "ping -c1 -W1 192.0.2.1 2>&1 || python3 -c \"import socket; "
-                                              "socket.create_connection(('192.0.2.1', 80), 1)\" 2>&1", check=False)
+    assert "unreachable" in platform.on(
+        host,
+        'ping -c1 -W1 192.0.2.1 2>&1 || python3 -c "import socket; '
+        "socket.create_connection(('192.0.2.1', 80), 1)\" 2>&1",
+        check=False,
+    )
 
 
 @pytest.mark.parametrize("host", ADDRESSES)

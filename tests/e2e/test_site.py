@@ -28,7 +28,7 @@ def test_first_run_installs(platform: Lab) -> None:
 def test_second_run_changes_nothing(platform: Lab) -> None:
     second = platform.playbook("site.yml")
     assert second.code == 0, second.output[-4000:]
-    print(second.output[second.output.index("PLAY RECAP"):])
+    print(second.output[second.output.index("PLAY RECAP") :])
     assert {host: row["changed"] for host, row in second.recap.items()} == dict.fromkeys(second.recap, 0)
     assert all(row["ok"] <= TASKS_A_HOST for row in second.recap.values())
 
@@ -43,7 +43,7 @@ def test_accelerated_run_changes_nothing(platform: Lab, monkeypatch) -> None:
     monkeypatch.setenv("ANSIBLE_STRATEGY", "mitogen_linear")
     run = platform.playbook("site.yml")
     assert run.code == 0, run.output[-4000:]
-    print(run.output[run.output.index("ROLE SUMMARY"):])
+    print(run.output[run.output.index("ROLE SUMMARY") :])
     assert all(row["changed"] == 0 for row in run.recap.values())
 
 

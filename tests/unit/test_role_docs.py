@@ -35,7 +35,7 @@ def roles(tmp_path):
     """A folder with one role, whose README was never written."""
     for name, text in {
         "meta/argument_specs.yml": SPECS,
-        "defaults/main.yml": "paint_thinner: \"{{ a | b }}\"\npaint_coats: [{name: first, wet: true}, "
+        "defaults/main.yml": 'paint_thinner: "{{ a | b }}"\npaint_coats: [{name: first, wet: true}, '
         "{name: second, wet: true}, {name: third}]\n",
         "README.md": "# paint\n\n<!-- variables -->\n<!-- /variables -->\n\nThe end.\n",
     }.items():
@@ -79,7 +79,9 @@ def test_readmes_are_current(capsys):
 
 def test_table(roles):
     assert role_docs.main([str(roles)]) == 0
-    assert (roles / "paint/README.md").read_text() == """# paint
+    assert (
+        (roles / "paint/README.md").read_text()
+        == """# paint
 
 <!-- variables -->
 
@@ -97,6 +99,7 @@ def test_table(roles):
 
 The end.
 """
+    )
 
 
 def test_check_names_what_is_stale_and_writes_nothing(roles, capsys):

@@ -32,7 +32,7 @@ def test_the_manifest_names_every_file_and_each_is_as_it_says(artefacts):
     found = {
         str(path.relative_to(BUNDLE)): (path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
         for path in BUNDLE.rglob("*")
-        if path.is_file() and path.name not in OWN
+        if path.is_file() and str(path.relative_to(BUNDLE)) not in OWN
     }
     assert found == named
 

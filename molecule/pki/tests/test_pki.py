@@ -62,7 +62,9 @@ def test_authority_and_passphrase_are_nowhere_else(machines, feed, name):
     assert machines[name].file("/etc/pki/chatnio-ca").exists == (name == "core1")
     places = ("/etc", "/home", "/root", "/var/lib", "/var/log", "/var/tmp", "/tmp", "/usr/local", "/run/chatnio")
     assert feed(name, secret("ca_passphrase"), "grep", "-rlFsf", "-", *places).stdout == ""
-    kept = feed(name, "BEGIN ENCRYPTED PRIVATE KEY", "grep", "-rlFsf", "-", *places).stdout.split()
+    kept = feed(
+        name, "BEGIN ENCRYPTED PRIVATE KEY\nProc-Type: 4,ENCRYPTED", "grep", "-rlFsf", "-", *places
+    ).stdout.split()
     assert kept == (["/etc/pki/chatnio-ca/ca.key"] if name == "core1" else [])
 
 

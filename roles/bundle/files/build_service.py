@@ -38,7 +38,8 @@ def main() -> None:
             shutil.copyfile(server / "README.md", copy / "README.md")
         subprocess.run(
             [sys.executable, "-m", "pip", "--quiet", "wheel", "--no-deps", "--wheel-dir", str(part), str(copy)],
-            check=True, env={**os.environ, "SOURCE_DATE_EPOCH": EPOCH},
+            check=True,
+            env={**os.environ, "SOURCE_DATE_EPOCH": EPOCH},
         )
         (wheel,) = part.glob("*.whl")
         name, version = wheel.name.split("-")[:2]

@@ -96,7 +96,9 @@ def verify_signature(folder: Path, public_key: str) -> None:
         keyring.write_bytes(_dearmour(public_key))
         run = subprocess.run(
             ["gpgv", "--homedir", home, "--keyring", str(keyring), str(signature), str(folder / MANIFEST)],
-            capture_output=True, text=True, check=False,
+            capture_output=True,
+            text=True,
+            check=False,
         )
     if run.returncode:
         reason = (run.stderr.strip().splitlines() or ["gpgv failed"])[-1]

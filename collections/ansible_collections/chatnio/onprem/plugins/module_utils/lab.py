@@ -260,9 +260,21 @@ class Lab:
         # Cables of a node that died without being taken down would make the new ones fail.
         for interface in node.interfaces:
             self.ip("link", "delete", self._cable(node, interface), fails=False)
-        command = ["nsenter", f"--net={NETNS / self.name}", "systemd-nspawn", "--quiet", "--keep-unit", "--register=no",
-                   "--boot", f"--directory={self.root(node)}", f"--machine={node.name}", "--resolv-conf=off",
-                   "--timezone=off", "--link-journal=no", "--private-network"]
+        command = [
+            "nsenter",
+            f"--net={NETNS / self.name}",
+            "systemd-nspawn",
+            "--quiet",
+            "--keep-unit",
+            "--register=no",
+            "--boot",
+            f"--directory={self.root(node)}",
+            f"--machine={node.name}",
+            "--resolv-conf=off",
+            "--timezone=off",
+            "--link-journal=no",
+            "--private-network",
+        ]
         command += [f"--network-veth-extra={self._cable(node, i)}:{i.name}" for i in node.interfaces]
         command += [f"--bind-ro={bind}" for bind in node.binds]
         self.spawn(node.name, command)

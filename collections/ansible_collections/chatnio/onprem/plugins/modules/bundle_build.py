@@ -161,8 +161,15 @@ def index_apt(module: AnsibleModule, apt: Path, suite: str, signer: Signer) -> N
     packages = module.run_command(["apt-ftparchive", "packages", "pool"], cwd=str(apt), check_rc=True)[1]
     (binary / "Packages").write_text(packages)
     (binary / "Packages.gz").write_bytes(gzip.compress(packages.encode(), mtime=0))
-    fields = {"Origin": "chatnio", "Label": "chatnio", "Suite": suite, "Codename": suite, "Components": "main",
-              "Architectures": "amd64", "Acquire-By-Hash": "no"}
+    fields = {
+        "Origin": "chatnio",
+        "Label": "chatnio",
+        "Suite": suite,
+        "Codename": suite,
+        "Components": "main",
+        "Architectures": "amd64",
+        "Acquire-By-Hash": "no",
+    }
     options = [f"-oAPT::FTPArchive::Release::{key}={value}" for key, value in fields.items()]
     dist = apt / "dists" / suite
     for stale in ("Release", "InRelease"):
@@ -198,8 +205,12 @@ def main() -> None:
         changed |= link(source, dest / path)
         about[path] = (kind, name, version, origin)
 
-    generated = {f"apt/dists/{suite}/main/binary-amd64/Packages", f"apt/dists/{suite}/main/binary-amd64/Packages.gz",
-                 f"apt/dists/{suite}/Release", f"apt/dists/{suite}/InRelease"}
+    generated = {
+        f"apt/dists/{suite}/main/binary-amd64/Packages",
+        f"apt/dists/{suite}/main/binary-amd64/Packages.gz",
+        f"apt/dists/{suite}/Release",
+        f"apt/dists/{suite}/InRelease",
+    }
     own = {MANIFEST, SIGNATURE, PUBLIC_KEY}
     for found in [entry for entry in dest.rglob("*") if entry.is_file()]:
         if str(found.relative_to(dest)) not in about.keys() | generated | own:

@@ -56,8 +56,16 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 
 STAMPS = Path("/run/chatnio/services")
-PROPERTIES = ("LoadState", "ActiveState", "UnitFileState", "InvocationID", "NeedDaemonReload", "FragmentPath",
-              "DropInPaths", "ActiveEnterTimestampMonotonic")
+PROPERTIES = (
+    "LoadState",
+    "ActiveState",
+    "UnitFileState",
+    "InvocationID",
+    "NeedDaemonReload",
+    "FragmentPath",
+    "DropInPaths",
+    "ActiveEnterTimestampMonotonic",
+)
 
 
 class Unit:

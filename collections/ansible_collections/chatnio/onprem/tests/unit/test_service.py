@@ -66,11 +66,22 @@ class Machine:
             path.mkdir()
         self.fragment.write_text("[Service]\n")
         self.write("a.conf", "first")
-        self.file.write_text(json.dumps({
-            "LoadState": "loaded", "ActiveState": "inactive", "UnitFileState": "disabled", "InvocationID": "",
-            "NeedDaemonReload": "no", "FragmentPath": str(self.fragment), "DropInPaths": "",
-            "ActiveEnterTimestampMonotonic": 0, "acts": [], "read": None,
-        }))
+        self.file.write_text(
+            json.dumps(
+                {
+                    "LoadState": "loaded",
+                    "ActiveState": "inactive",
+                    "UnitFileState": "disabled",
+                    "InvocationID": "",
+                    "NeedDaemonReload": "no",
+                    "FragmentPath": str(self.fragment),
+                    "DropInPaths": "",
+                    "ActiveEnterTimestampMonotonic": 0,
+                    "acts": [],
+                    "read": None,
+                }
+            )
+        )
         systemctl = self.bin / "systemctl"
         systemctl.write_text(SYSTEMCTL.format(python=sys.executable + " -IS", state=self.file, files=self.conf))
         systemctl.chmod(0o755)
