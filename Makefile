@@ -40,7 +40,7 @@ test: machine toolchain check  ## everything that proves the platform, in half a
 	$(call step,Every role)
 	molecule/run.sh
 	$(call step,The whole platform)
-	pytest tests/e2e
+	pytest -v -s tests/e2e
 
 .PHONY: test-full
 test-full: test  ## and what is slow (nothing yet: clusters, reboots and scale come here)
@@ -54,7 +54,7 @@ check: toolchain  ## lint, types and unit tests, in under two minutes
 	ruff format --check .
 	$(call step,Types)
 	mypy
-	tests/role_docs.py --check
+	python tests/role_docs.py --check
 	$(call step,Unit tests)
 	pytest -q -n 2 server/tests collections tests/unit
 

@@ -216,16 +216,15 @@ class Lab:
         return bool(self.processes(node.name))
 
     def up_node(self, node: Node, authorized_key: str) -> None:
-        """Boot a node that doesn't run: mount, furnish, start, and plug its cables in."""
-        if self.running(node):
-            return
-        root = self.root(node)
-        self._mount(root)
-        self._furnish(root, node, authorized_key)
-        self._start(node)
-        for interface in node.interfaces:
+        """Boot a node that doesn't run (mount, furnish, start), and see that its cables are plugged in."""
+        if not self.running(node):
+            root = self.root(node)
+            self._mount(root)
+            self._furnish(root, node, authorized_key)
+            self._start(node)
+            self.log.append(f"node {node.name}")
+        for interface in node.interfaces:  # of a running one too: the run that booted it may have been interrupted
             self._plug(node, interface)
-        self.log.append(f"node {node.name}")
 
     def _mount(self, root: Path) -> None:
         upper, work = root.parent / "upper", root.parent / "work"
