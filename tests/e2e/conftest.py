@@ -30,6 +30,17 @@ class Run:
         rows = re.findall(r"^(\w+) +: (ok=.*)$", self.output, re.MULTILINE)
         return {host: {key: int(value) for key, value in re.findall(r"(\w+)=(\d+)", row)} for host, row in rows}
 
+    @property
+    def changes(self) -> list[str]:
+        """Tasks that changed something, as `HOST: TASK`."""
+        found, task = [], ""
+        for line in self.output.splitlines():
+            if line.startswith("TASK ["):
+                task = line.split("[", 1)[1].rsplit("]", 1)[0]
+            elif line.startswith("changed: ["):
+                found.append(f"{line[10:].split(']')[0]}: {task}")
+        return found
+
 
 @dataclass
 class Lab:

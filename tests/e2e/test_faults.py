@@ -81,6 +81,7 @@ def test_a_user_who_hangs_up_frees_the_place(platform: Lab) -> None:
             stream=True,
             temperature=0,
             max_tokens=2000,
+            extra_body={"ignore_eos": True},
             messages=[{"role": "user", "content": f"Count upwards from {start}, one number a line."}],
         )
         for start in range(4)

@@ -114,11 +114,9 @@ def test_a_body_too_large_is_turned_away(desk, curl, tmp_path):
 
 
 def test_who_asked_is_logged_as_the_network_says(desk, curl, core1):
-    path = f"/v1/models?{time.monotonic_ns()}"
-    desk.run(*curl(path, "--header", "X-Forwarded-For: 203.0.113.9"))
-    (line,) = (
-        json.loads(line) for line in core1.check_output(f"grep -F '{path}' /var/log/nginx/gateway.log").splitlines()
-    )
+    answer = desk.run(*curl("/v1/models", "--include", "--header", "X-Forwarded-For: 203.0.113.9")).stdout
+    request = re.search(r"^x-request-id: (\S+)", answer, re.MULTILINE).group(1)
+    line = json.loads(core1.check_output(f"grep -F {request} /var/log/nginx/gateway.log"))
     assert (line["client"], line["status"]) == ("192.168.1.250", 200)
     assert re.fullmatch(r"192\.168\.1\.2[12]:8000", line["replica"])
 
