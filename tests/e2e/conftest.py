@@ -128,6 +128,7 @@ def machines() -> Iterator[Lab]:
     """Machines as they are after an installation: nothing of the platform is on them."""
     lab = Lab(os.environ.get("CHATNIO_LAB", "e2e"), int(os.environ.get("CHATNIO_LAB_PORT", "8643")))
     try:
+        lab.playbook("playbooks/lab_down.yml")  # what a run that was killed may have left
         up = lab.playbook("playbooks/lab_up.yml")
         assert up.code == 0, up.output
         yield lab
