@@ -4,6 +4,8 @@ set -eu
 cd "$(dirname "$0")/.."
 export MOLECULE_COMMAND_BORDERS=0
 
+# What a run that was killed has left.
+molecule destroy
 molecule test --scenario-name bundle
 molecule test --scenario-name lab
 # These share a lab, each standing on those before it.

@@ -135,6 +135,8 @@ class Lab:
                     end_process(int(pid))
                 run("ip", "netns", "delete", namespace)
                 self.log.append(f"namespace {namespace}")
+        if NETNS.is_mount() and not any(NETNS.iterdir()):  # ip(8) makes it a mount with its first namespace
+            run("umount", str(NETNS), fails=False)
 
     # -- control groups ------------------------------------------------------------------------------------------
 
