@@ -1,13 +1,14 @@
 #!/bin/bash
-# Make .venv from the lock file. Debian keeps `venv` apart from Python, so it may have to be installed first.
+# Make .venv from the lock file, and install what the unit tests call where Debian hasn't brought it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python3}
 missing=()
 "$python" -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
-command -v gpgv >/dev/null || missing+=(gpgv)
-command -v gpg >/dev/null || missing+=(gnupg)
+for tool in gpg:gnupg gpgv:gpgv apt-ftparchive:apt-utils openssl:openssl ssh:openssh-client ip:iproute2; do
+  command -v "${tool%%:*}" >/dev/null || missing+=("${tool##*:}")
+done
 if [ ${#missing[@]} -gt 0 ]; then
   [ "$(id -u)" = 0 ] || { echo "Missing: ${missing[*]}. Install them, or run this as root." >&2; exit 1; }
   apt-get update -qq
