@@ -135,7 +135,8 @@ class Lab:
                     end_process(int(pid))
                 run("ip", "netns", "delete", namespace)
                 self.log.append(f"namespace {namespace}")
-        if NETNS.is_mount() and not any(NETNS.iterdir()):  # ip(8) makes it a mount with its first namespace
+        # ip(8) bound the folder to itself with its first namespace, which Path.is_mount() can't tell.
+        if NETNS.exists() and not any(NETNS.iterdir()):
             run("umount", str(NETNS), fails=False)
 
     # -- control groups ------------------------------------------------------------------------------------------
