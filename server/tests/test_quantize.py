@@ -24,10 +24,10 @@ from nioserve.models.weights import Tensors
 def logits_of(directory, dtype: str) -> torch.Tensor:
     engine = Engine(load(directory, dtype, CONTEXT), Limits(256, 2, 512, 4, 512))
     found = []
-    forward = engine._model.decoder.forward
-    engine._model.decoder.forward = lambda *a: found.append(forward(*a)) or found[-1]
+    forward = engine._model.forward
+    engine._model.forward = lambda *a: found.append(forward(*a)) or found[-1]
     run(engine, prompts(4), 1, GREEDY)
-    return torch.cat(found)
+    return torch.cat([output.logits for output in found])
 
 
 def test_the_converted_model_says_nearly_the_same(hf_model, int8_model):

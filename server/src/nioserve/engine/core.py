@@ -13,9 +13,9 @@ from nioserve.engine.limits import Limits
 from nioserve.engine.messages import FinishReason, Output, Submit
 from nioserve.engine.sampler import sample
 from nioserve.engine.scheduler import Scheduler, Sequence, Slice
-from nioserve.models.batch import Chunk, build_batch
-from nioserve.models.cache import BLOCK_SIZE, KvCache
-from nioserve.models.loader import LoadedModel
+from nioserve.models.base import CausalModel
+from nioserve.models.batch import Chunk
+from nioserve.models.cache import BLOCK_SIZE
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +32,13 @@ class StepResult:
 class Engine:
     """Continuous batching over one model."""
 
-    def __init__(self, model: LoadedModel, limits: Limits) -> None:
+    def __init__(self, model: CausalModel, limits: Limits) -> None:
         blocks = -(-limits.kv_cache_tokens // BLOCK_SIZE)
         self.scheduler = Scheduler(
             BlockPool(blocks, BLOCK_SIZE), limits.max_num_seqs, limits.max_num_batched_tokens, limits.max_num_queued
         )
         self._model, self._limits = model, limits
-        self._cache = KvCache(model.spec, blocks, model.cache_dtype)
+        self._cache = model.new_cache(blocks)
         self._eos = frozenset(model.spec.eos_token_ids)
         self._service_seconds = 1.0  # running mean of a request's time in the engine
 
@@ -100,10 +100,10 @@ class Engine:
         limits = self._limits
         for count in sorted({1, 2, 4, 8, 16, 32, limits.max_num_seqs}):
             if count <= limits.max_num_seqs:
-                self._forward([Chunk([0], 0, [0], True)] * count)
+                self._forward([Chunk([0], 0, [0], 1)] * count)
         longest = min(limits.max_num_batched_tokens, limits.max_model_len, limits.kv_cache_tokens)
         blocks = list(range(-(-longest // BLOCK_SIZE)))
-        self._forward([Chunk([0] * longest, 0, blocks, True)])
+        self._forward([Chunk([0] * longest, 0, blocks, 1)])
 
     def _compute(self, slices: list[Slice]) -> list[tuple[Sequence, int]]:
         """Run the model and return the next token of each sequence that is complete."""
@@ -111,16 +111,15 @@ class Engine:
             return []
         chunks = [
             Chunk(s.sequence.tokens[s.sequence.computed : s.sequence.computed + s.count], s.sequence.computed,
-                  s.sequence.blocks, s.completes)
+                  s.sequence.blocks, int(s.completes))
             for s in slices
         ]  # fmt: skip
-        logits, order = self._forward(chunks)
-        sequences = [slices[index].sequence for index in order]
+        logits = self._forward(chunks)
+        sequences = [s.sequence for s in slices if s.completes]
         return list(zip(sequences, sample(logits, sequences), strict=True)) if sequences else []
 
-    def _forward(self, chunks: list[Chunk]) -> tuple[Tensor, list[int]]:
-        batch = build_batch(chunks, BLOCK_SIZE)
-        return self._model.decoder.forward(batch, self._cache), batch.order
+    def _forward(self, chunks: list[Chunk]) -> Tensor:
+        return self._model.forward(chunks, self._cache).logits
 
     def _take(self, sequence: Sequence, token: int) -> Output:
         """Append a token and end the sequence if that was its last."""

@@ -20,22 +20,49 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
-class Sampling(msgspec.Struct, frozen=True):
-    """How tokens are drawn. Temperature 0 is greedy; a seed makes the draws repeatable."""
+class Grammar(msgspec.Struct, frozen=True):
+    """What an answer must look like: `kind` is json_object, json_schema, regex or structural_tag; `source` its text."""
 
-    temperature: float
-    top_p: float
+    kind: str
+    source: str = ""
+
+
+class Sampling(msgspec.Struct, frozen=True):
+    """How tokens are drawn. Temperature 0 is greedy; a seed makes the draws repeatable.
+
+    Penalties are OpenAI's (presence, frequency: over the answer) and CTRL's (repetition: over prompt and answer).
+    `logprobs` is the number of most likely tokens reported beside the chosen one; None reports nothing.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
     seed: int | None = None
     ignore_eos: bool = False
+    min_tokens: int = 0
+    logprobs: int | None = None
+    grammar: Grammar | None = None
 
 
 class Submit(msgspec.Struct, tag=True, frozen=True):
-    """Generate up to `max_tokens` tokens after the prompt."""
+    """Generate up to `max_tokens` tokens after the prompt.
+
+    `department` salts the prefix cache. `long_conversation` chooses the queue. With `embed`, `max_tokens` is 0 and the
+    one output carries the mean of the prompt's final hidden states, of length 1.
+    """
 
     request_id: str
     prompt: list[int]
     max_tokens: int
     sampling: Sampling
+    department: str = ""
+    long_conversation: bool = False
+    embed: bool = False
 
 
 class Cancel(msgspec.Struct, tag=True, frozen=True):
@@ -58,12 +85,22 @@ class Rejected(msgspec.Struct, tag=True, frozen=True):
     retry_after: int
 
 
-class Output(msgspec.Struct, frozen=True):
-    """New tokens of one request; the last one says why it ended."""
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Natural logarithms of the probabilities at one position, before penalties, temperature and cuts."""
+
+    chosen: float
+    top: list[tuple[int, float]]
+
+
+class Output(msgspec.Struct, frozen=True, omit_defaults=True):
+    """New tokens of one request; the last one says why it ended. The first says how much of the prompt was cached."""
 
     request_id: str
     tokens: list[int]
     finish_reason: FinishReason | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    cached_tokens: int = 0
+    embedding: list[float] | None = None
 
 
 class Outputs(msgspec.Struct, tag=True, frozen=True):

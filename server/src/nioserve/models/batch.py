@@ -11,12 +11,29 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Consecutive tokens of one sequence: `tokens` go to positions `start`.. ; `blocks` cover all up to the last."""
+    """Consecutive tokens of one sequence: `tokens` go to positions `start`.. ; `blocks` cover all up to the last.
+
+    `logits` says of how many of its last tokens the logits are wanted: none while a prompt is not complete, one to draw
+    the next token, more to check guesses. `pool` asks for the sum of its tokens' final hidden states.
+    """
 
     tokens: Sequence[int]
     start: int
     blocks: Sequence[int]
-    wants_logits: bool
+    logits: int = 0
+    pool: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a model gives back for one step's chunks, in their order.
+
+    logits: float32 [sum of the chunks' `logits`, vocabulary].
+    pooled: float32 [chunks that asked for it, hidden size]; sums over tokens, after the last norm.
+    """
+
+    logits: Tensor
+    pooled: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +56,8 @@ class Batch:
     positions: Tensor  # [T] int64
     slots: Tensor  # [T] int64: block * block_size + offset, where each token's keys and values go
     groups: list[AttentionGroup]
-    logit_rows: Tensor  # rows whose logits are wanted, in the order of `order`
-    order: list[int]  # indices of the given chunks, as their logits come out
+    logit_rows: Tensor  # rows whose logits are wanted, in the order of the given chunks
+    pool_spans: list[tuple[int, int]]  # first and last + 1 row of each chunk to be summed up, in that order too
 
 
 def build_batch(chunks: Sequence[Chunk], block_size: int) -> Batch:
@@ -50,8 +67,6 @@ def build_batch(chunks: Sequence[Chunk], block_size: int) -> Batch:
     tokens: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
-    logit_rows: list[int] = []
-    order: list[int] = []
     ends: dict[int, int] = {}
     for index in singles + longer:
         chunk = chunks[index]
@@ -60,9 +75,7 @@ def build_batch(chunks: Sequence[Chunk], block_size: int) -> Batch:
         positions.extend(span)
         slots.extend(chunk.blocks[p // block_size] * block_size + p % block_size for p in span)
         ends[index] = len(tokens)
-        if chunk.wants_logits:
-            logit_rows.append(len(tokens) - 1)
-            order.append(index)
+    logit_rows = [row for i, chunk in enumerate(chunks) for row in range(ends[i] - chunk.logits, ends[i])]
     groups = [_single_group(chunks, part, ends, block_size) for part in _buckets(chunks, singles)]
     groups += [_long_group(chunks[index], ends[index]) for index in longer]
     return Batch(
@@ -71,7 +84,7 @@ def build_batch(chunks: Sequence[Chunk], block_size: int) -> Batch:
         slots=torch.tensor(slots),
         groups=groups,
         logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
-        order=order,
+        pool_spans=[(ends[i] - len(c.tokens), ends[i]) for i, c in enumerate(chunks) if c.pool],
     )
 
 

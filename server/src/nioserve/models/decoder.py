@@ -7,14 +7,15 @@ sampled and no others.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nioserve.models.batch import AttentionGroup, Batch
-from nioserve.models.cache import KvCache
+from nioserve.models.batch import AttentionGroup, Batch, Chunk, StepOutput, build_batch
+from nioserve.models.cache import BLOCK_SIZE, KvCache
 from nioserve.models.linear import DenseLinear, Int8Linear, Linear
 from nioserve.models.rope import interleave_rows, rotate, rotation_table
 from nioserve.models.spec import ModelSpec
@@ -38,8 +39,8 @@ class Layer:
 class Decoder:
     """A model that is ready to run. The compute type is that of its dense weights; INT8 models compute in float32."""
 
-    def __init__(self, spec: ModelSpec, weights: Weights, max_model_len: int) -> None:
-        self.spec = spec
+    def __init__(self, spec: ModelSpec, weights: Weights, max_model_len: int, cache_dtype: torch.dtype) -> None:
+        self.spec, self.cache_dtype = spec, cache_dtype
         self.rotations = rotation_table(spec.rope, spec.head_dim, max_model_len)
         self.embedding, self.embedding_scale = weights.rows("model.embed_tokens.weight")
         self.layers = [self._layer(weights, f"model.layers.{i}") for i in range(spec.num_layers)]
@@ -74,16 +75,23 @@ class Decoder:
             return DenseLinear(self.embedding, None)
         return Int8Linear(self.embedding, self.embedding_scale, None)
 
+    def new_cache(self, blocks: int) -> KvCache:
+        """Return an empty cache of that many blocks."""
+        return KvCache(self.spec, blocks, self.cache_dtype)
+
     @torch.inference_mode()
-    def forward(self, batch: Batch, cache: KvCache) -> Tensor:
-        """Run one step, store its keys and values, and return float32 logits [rows wanted, vocabulary]."""
+    def forward(self, chunks: Sequence[Chunk], cache: KvCache) -> StepOutput:
+        """Run one step and store its keys and values."""
+        batch = build_batch(chunks, BLOCK_SIZE)
         x = self._embed(batch.tokens)
         rotation = self.rotations[batch.positions].unsqueeze(1)
         for index, layer in enumerate(self.layers):
             x = x + layer.out(self._attention(self._norm(x, layer.input_norm), layer, index, rotation, batch, cache))
             gate, up = layer.gate_up(self._norm(x, layer.post_norm)).chunk(2, dim=-1)
             x = x + layer.down(functional.silu(gate) * up)
-        return self.head(self._norm(x[batch.logit_rows], self.norm)).to(torch.float32)
+        logits = self.head(self._norm(x[batch.logit_rows], self.norm)).to(torch.float32)
+        sums = [self._norm(x[first:last], self.norm).to(torch.float32).sum(0) for first, last in batch.pool_spans]
+        return StepOutput(logits, torch.stack(sums) if sums else logits.new_empty(0, self.spec.hidden_size))
 
     def _embed(self, tokens: Tensor) -> Tensor:
         rows = functional.embedding(tokens, self.embedding)

@@ -39,7 +39,7 @@ class Int8Linear:
     float32, because it is much larger than the result and would not survive bfloat16.
     """
 
-    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, wide: bool = False) -> None:
         self.product = best_packer()(weight, scale)
         self.row_sum = weight.sum(dim=1, dtype=torch.int32).to(torch.float32) * scale
         self.bias = bias

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from nioserve.models import manifest
+from nioserve.models.base import CausalModel
 from nioserve.models.decoder import Decoder
 from nioserve.models.spec import ModelError, ModelSpec, load_spec
 from nioserve.models.weights import SCALE, Tensors, Weights
@@ -19,17 +19,7 @@ log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedModel:
-    """A decoder, and how its keys and values are stored."""
-
-    decoder: Decoder
-    spec: ModelSpec
-    cache_dtype: torch.dtype
-    quantised: bool
-
-
-def load(directory: Path, dtype: str, max_model_len: int) -> LoadedModel:
+def load(directory: Path, dtype: str, max_model_len: int) -> CausalModel:
     """Load a converted model (its manifest is verified first) or a plain Hugging Face directory.
 
     `dtype` is `auto`, `float32` or `bfloat16`. An INT8 model computes in float32 and stores keys and values in
@@ -43,13 +33,14 @@ def load(directory: Path, dtype: str, max_model_len: int) -> LoadedModel:
     tensors = Tensors(directory)
     quantised = any(name.endswith(SCALE) for name in tensors.names())
     compute, cached = _types(dtype, spec, quantised)
-    decoder = Decoder(spec, Weights(tensors, compute), max_model_len)
+    wide = frozenset(listed["quantisation"].get("wide_activations", ())) if listed else frozenset()
+    decoder = Decoder(spec, Weights(tensors, compute, wide), max_model_len, cached)
     log.info(
         "model loaded",
         extra={"path": str(directory), "verified": listed is not None, "quantised": quantised,
                "compute_dtype": str(compute), "seconds": round(time.monotonic() - started, 2)},
     )  # fmt: skip
-    return LoadedModel(decoder, spec, cached, quantised)
+    return decoder
 
 
 def _types(dtype: str, spec: ModelSpec, quantised: bool) -> tuple[torch.dtype, torch.dtype]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,24 @@ class Tensors:
         return tensor
 
 
+@dataclass(frozen=True, slots=True)
+class LinearParts:
+    """A linear layer's tensors: int8 weights with the scales of their rows, or dense ones without.
+
+    wide: the activations need 16 bits where others have 8.
+    """
+
+    weight: Tensor  # [outputs, inputs]
+    scale: Tensor | None  # float32 [outputs]
+    bias: Tensor | None  # [outputs]
+    wide: bool
+
+
 class Weights:
     """Hands out layers, and remembers what was taken: a tensor nobody asked for means another architecture."""
 
-    def __init__(self, tensors: Tensors, dtype: torch.dtype) -> None:
-        self._tensors = tensors
-        self._dtype = dtype
+    def __init__(self, tensors: Tensors, dtype: torch.dtype, wide: frozenset[str] = frozenset()) -> None:
+        self._tensors, self._dtype, self._wide = tensors, dtype, wide
         self._left = set(tensors.names())
 
     def __contains__(self, name: str) -> bool:
@@ -72,7 +85,14 @@ class Weights:
         return self.dense(name), None
 
     def linear(self, prefixes: Sequence[str], reorder: Callable[[str, Tensor], Tensor] | None = None) -> Linear:
-        """Return one layer whose outputs are those of all `prefixes`, one after the other.
+        """Return one layer whose outputs are those of all `prefixes`, one after the other."""
+        parts = self.parts(prefixes, reorder)
+        if parts.scale is None:
+            return DenseLinear(parts.weight, parts.bias)
+        return Int8Linear(parts.weight, parts.scale, parts.bias, wide=parts.wide)
+
+    def parts(self, prefixes: Sequence[str], reorder: Callable[[str, Tensor], Tensor] | None = None) -> LinearParts:
+        """Return the tensors of such a layer.
 
         `reorder(prefix, rows)` may permute the output rows of a part; it sees weight, scale and bias alike.
         """
@@ -85,9 +105,8 @@ class Weights:
             raise ModelError(f"weights: only some of {', '.join(prefixes)} have a bias")
         bias = torch.cat(parts) if parts else None
         scales = [arrange(prefix, scale) for prefix, _, scale in matrices if scale is not None]
-        if not scales:
-            return DenseLinear(weight, bias)
-        return Int8Linear(weight, torch.cat(scales), bias)
+        wide = any(prefix.rpartition(".")[2] in self._wide for prefix in prefixes)
+        return LinearParts(weight, torch.cat(scales) if scales else None, bias, wide)
 
     def finish(self) -> None:
         """Refuse a model with tensors that nothing uses: it would answer, and answer wrongly."""
