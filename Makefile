@@ -43,7 +43,19 @@ test: machine toolchain check  ## everything that proves the platform, in half a
 	pytest -v -s tests/e2e
 
 .PHONY: test-full
-test-full: test  ## and what is slow (nothing yet: clusters, reboots and scale come here)
+test-full: test  ## and what is slow: the real model against transformers, INT8's cost, a real vLLM, the peers
+	$(call step,The model service, slowly)
+	cd server
+	python -m bench prepare
+	NIOSERVE_TEST_MODEL=$(CHATNIO_CACHE)/bench/models/hf pytest -q -m slow tests
+	nioserve evaluate $(CHATNIO_CACHE)/bench/models/int8 --reference $(CHATNIO_CACHE)/bench/models/hf
+	python -m bench run --quick --out $(CHATNIO_CACHE)/bench/quick
+
+BENCH_ARGS ?= run
+.PHONY: bench
+bench: toolchain  ## the model service beside its peers, in 25 minutes on a quiet machine (BENCH_ARGS='run --help')
+	$(call step,Benchmark)
+	PYTHONPATH=server python -m bench $(BENCH_ARGS)
 
 .PHONY: check
 check: toolchain  ## lint, types and unit tests, in under two minutes
@@ -52,13 +64,14 @@ check: toolchain  ## lint, types and unit tests, in under two minutes
 	ansible-lint --offline -q
 	ruff check .
 	ruff format --check .
+	clang-format --dry-run --Werror server/native/*
 	$(call step,Types)
 	mypy
 	python tests/role_docs.py --check
 	$(call step,Unit tests)
 	# Apart: importing Ansible replaces sys.intern, which torch can't bear.
 	pytest -q -n 2 collections tests/unit
-	pytest -q -n 2 server/tests
+	pytest -q -n 2 -m 'not slow' server/tests
 
 .PHONY: machine
 machine:
@@ -68,7 +81,7 @@ machine:
 .PHONY: toolchain
 toolchain: .venv/.complete
 
-.venv/.complete: tests/requirements.lock server/pyproject.toml
+.venv/.complete: tests/requirements.lock server/pyproject.toml server/setup.py $(wildcard server/native/*)
 	$(call step,Install the toolchain)
 	tests/toolchain.sh
 

@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 missing=()
 "$python" -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
-for tool in gpg:gnupg gpgv:gpgv apt-ftparchive:apt-utils openssl:openssl ssh:openssh-client ip:iproute2; do
+for tool in gpg:gnupg gpgv:gpgv apt-ftparchive:apt-utils openssl:openssl g++:g++ ssh:openssh-client ip:iproute2; do
   command -v "${tool%%:*}" >/dev/null || missing+=("${tool##*:}")
 done
 if [ ${#missing[@]} -gt 0 ]; then

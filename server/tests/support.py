@@ -62,7 +62,8 @@ def make_model(directory: Path, family: str, seed: int = 0, **changes) -> Path:
     with torch.no_grad():  # norms and biases that do something, or a mistake with them would not show
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
-                parameter.copy_(torch.randn_like(parameter) * 0.3 + (1 if "norm" in name else 0))
+                scale = name.endswith("weight") and ("norm" in name or ".ln_" in name)
+                parameter.copy_(torch.randn_like(parameter) * 0.3 + (1 if scale else 0))
     model.generation_config.eos_token_id = [EOS]
     model.save_pretrained(directory)
     make_tokenizer().save(str(directory / "tokenizer.json"))
@@ -72,10 +73,11 @@ def make_model(directory: Path, family: str, seed: int = 0, **changes) -> Path:
     return directory
 
 
-def free_port() -> int:
+def free_port(besides: int = 0) -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        port = probe.getsockname()[1]
+    return port if port != besides else free_port(besides)
 
 
 def wait_for(condition, seconds: float = 15, what: str = "it"):
@@ -99,7 +101,8 @@ class Service:
         self.runtime_dir = Path(tempfile.mkdtemp(prefix="nio-test-"))
         self.keys_file = directory / "keys.yml"
         self.keys_file.write_text(yaml.safe_dump([record]))
-        self.port, self.metrics_port = free_port(), free_port()
+        self.port = free_port()
+        self.metrics_port = free_port(besides=self.port)
         config = {
             "server": {"port": self.port, "workers": 1, "shutdown_timeout": 20, "max_body_bytes": 65536},
             "metrics": {"port": self.metrics_port},
@@ -109,7 +112,7 @@ class Service:
             "runtime_dir": str(self.runtime_dir),
         }
         for name, section in sections.items():
-            config[name].update(section)
+            config.setdefault(name, {}).update(section)
         self.config_file = directory / "config.yml"
         self.config_file.write_text(yaml.safe_dump(config))
         self.scheme = "https" if config["server"].get("tls") else "http"

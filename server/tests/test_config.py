@@ -39,7 +39,7 @@ metrix: {port: 1}
     found = findings(tmp_path, text, {"NIOSERVE_PROT": "1"}, {"workers": "x"})
     assert "engine.max_num_seqs: must be >= 1, is 0" in found
     assert "engine.max_num_batched_tokens: must be a whole number, is 'many'" in found
-    assert "engine.dtype: must be one of 'auto', 'float32' or 'bfloat16', is 'int4'" in found
+    assert "engine.dtype: must be one of 'auto', 'float32', 'bfloat16' or 'float16', is 'int4'" in found
     assert "server.port: must be <= 65535, is 99999" in found
     assert "server.prot: is not a known key (did you mean server.port?)" in found
     assert "metrix: is not a known key (did you mean metrics?)" in found

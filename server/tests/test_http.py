@@ -29,12 +29,14 @@ def test_an_answer_is_a_chat_completion(service):
     assert choice["message"]["role"] == "assistant"
     assert choice["finish_reason"] == "length"
     prompt = len("<s>user\nhello<e>\n<s>assistant\n") - 6  # special tokens are one token each
+    assert body["usage"].pop("prompt_tokens_details").keys() == {"cached_tokens"}
     assert body["usage"] == {"prompt_tokens": prompt, "completion_tokens": 8, "total_tokens": prompt + 8}
 
 
 @pytest.mark.parametrize("content", ["hello", "Grüße 中文 🚀", "x" * 300])
 @pytest.mark.parametrize("changes", [{}, {"temperature": 1, "seed": 5, "top_p": 0.9}])
 def test_streaming_equals_not_streaming(service, content, changes):
+    service.chat(content, max_tokens=1)  # what a prompt that is in the cache costs is the same for both, then
     whole = service.chat(content, max_tokens=60, **changes).json()
     with service.stream(content, max_tokens=60, stream_options={"include_usage": True}, **changes) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
@@ -108,12 +110,44 @@ BAD = {
     "top_p": ({"top_p": 0}, 400, "top_p", None),
     "five stops": ({"stop": list("abcde")}, 400, "stop", None),
     "empty stop": ({"stop": ""}, 400, "stop", None),
-    "tools": ({"tools": [{"type": "function"}]}, 400, "tools", "unsupported_parameter"),
-    "logprobs": ({"logprobs": True}, 400, "logprobs", "unsupported_parameter"),
-    "n": ({"n": 2}, 400, "n", "unsupported_parameter"),
-    "response_format": ({"response_format": {"type": "json_object"}}, 400, "response_format",
-                        "unsupported_parameter"),
-    "penalty": ({"frequency_penalty": 0.5}, 400, "frequency_penalty", "unsupported_parameter"),
+    "tools the template does not know": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools",
+                                         "unsupported_parameter"),
+    "a tool's answer": ({"messages": [{"role": "user", "content": "x"}, {"role": "tool", "content": "x",
+                        "tool_call_id": "1"}]}, 400, "messages", "unsupported_parameter"),
+    "a tool's answer to nothing": ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages[0].tool_call_id",
+                                   None),
+    "a user's tool call": ({"messages": [{"role": "user", "tool_calls": [{"id": "1", "function": {"name": "f",
+                           "arguments": "{}"}}]}]}, 400, "messages[0].tool_calls", None),
+    "a call without arguments": ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1", "function": {
+                                 "name": "f"}}]}]}, 400, "messages[0].tool_calls[0].function.arguments", None),
+    "a tool without a name": ({"tools": [{"type": "function", "function": {}}]}, 400, "tools[0].function.name", None),
+    "a tool's wrong name": ({"tools": [{"type": "function", "function": {"name": "f g"}}]}, 400,
+                            "tools[0].function.name", None),
+    "a choice that is no tool": ({"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": {
+                                 "type": "function", "function": {"name": "g"}}}, 400, "tool_choice", None),
+    "required without tools": ({"tool_choice": "required"}, 400, "tool_choice", None),
+    "old functions": ({"functions": [{"name": "f"}]}, 400, "functions", "unsupported_parameter"),
+    "top_logprobs alone": ({"top_logprobs": 3}, 400, "top_logprobs", None),
+    "too many top_logprobs": ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", None),
+    "n": ({"n": 17}, 400, "n", None),
+    "n 0": ({"n": 0}, 400, "n", None),
+    "response_format": ({"response_format": {"type": "xml"}}, 400, "response_format.type", None),
+    "a schema missing": ({"response_format": {"type": "json_schema"}}, 400, "response_format", None),
+    "a schema that is none": ({"response_format": {"type": "json_schema", "json_schema": {
+                              "name": "x", "schema": {"type": "nonsense"}}}}, 400, "response_format", "invalid_schema"),
+    "penalty": ({"frequency_penalty": 2.5}, 400, "frequency_penalty", None),
+    "top_k": ({"top_k": -2}, 400, "top_k", None),
+    "min_p": ({"min_p": 1.5}, 400, "min_p", None),
+    "repetition_penalty": ({"repetition_penalty": 0}, 400, "repetition_penalty", None),
+    "a bias of no token": ({"logit_bias": {"a": 1}}, 400, "logit_bias", None),
+    "a bias beyond the vocabulary": ({"logit_bias": {"999999": 1}}, 400, "logit_bias", None),
+    "a bias too strong": ({"logit_bias": {"5": 101}}, 400, "logit_bias", None),
+    "min_tokens": ({"min_tokens": 9}, 400, "min_tokens", None),
+    "beam search": ({"use_beam_search": True}, 400, "use_beam_search", "unsupported_parameter"),
+    "store": ({"store": True}, 400, "store", "unsupported_parameter"),
+    "audio": ({"modalities": ["audio"]}, 400, "modalities", "unsupported_parameter"),
+    "unknown in a message": ({"messages": [{"role": "user", "content": "x", "mood": "good"}]}, 400, "messages[0].mood",
+                             "unsupported_parameter"),
     "unknown": ({"temprature": 1}, 400, "temprature", "unsupported_parameter"),
     "options without stream": ({"stream_options": {"include_usage": True}}, 400, "stream_options", None),
 }  # fmt: skip
@@ -130,7 +164,10 @@ def test_bad_requests_say_what_is_wrong(service, name):
 
 def test_parameters_that_change_nothing_are_accepted(service):
     same = {"n": 1, "logprobs": False, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": None,
-            "tools": [], "response_format": {"type": "text"}, "user": "u", "metadata": {"a": "b"}}  # fmt: skip
+            "tools": [], "response_format": {"type": "text"}, "user": "u", "metadata": {"a": "b"}, "stop": [],
+            "top_k": -1, "functions": [], "function_call": "none", "tool_choice": "none", "modalities": ["text"],
+            "parallel_tool_calls": True, "suffix": "", "audio": None, "prediction": None, "store": False,
+            "service_tier": "auto", "skip_special_tokens": True, "safety_identifier": "s"}  # fmt: skip
     assert service.chat(**same).status_code == 200
 
 
@@ -233,9 +270,10 @@ def test_metrics_count_what_happened(service):
              "request_queue_time_seconds_count", "iteration_tokens_total_sum")  # fmt: skip
     before = {name: service.metric(name) for name in names}
     ended = service.metric("request_success_total", finished_reason="length", model_name="tiny")
-    usage = service.chat(max_tokens=10, ignore_eos=True).json()["usage"]
+    usage = service.chat("never asked before", max_tokens=10, ignore_eos=True).json()["usage"]
+    computed = usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"] + 9
     grown = [service.metric(name) - before[name] for name in names]
-    assert grown == [usage["prompt_tokens"], 10, 1, 9, 1, 1, usage["prompt_tokens"] + 9]
+    assert grown == [usage["prompt_tokens"], 10, 1, 9, 1, 1, computed]
     assert service.metric("request_success_total", finished_reason="length", model_name="tiny") == ended + 1
     assert 0 <= service.metric("kv_cache_usage_perc") <= 1
 

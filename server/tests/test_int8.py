@@ -51,3 +51,37 @@ def test_constant_and_zero_rows_survive():
     x = torch.stack([torch.zeros(16), torch.full((16,), 2.5)])
     assert torch.allclose(layer(x), x @ weight.t(), atol=0.2)
     assert torch.isfinite(layer(x)).all()
+
+
+@pytest.mark.parametrize(("wide", "error"), [(False, 1 / 255), (True, 1 / 65535)])
+@pytest.mark.parametrize("spread", [1e-6, 1.0, 1e4, 1e30])
+def test_activations_are_off_by_half_a_step_at_most(wide, error, spread):
+    torch.manual_seed(1)
+    weight, scale = quantise_rows(torch.randn(24, 96))
+    x = torch.cat([torch.randn(5, 96), torch.rand(5, 96), 3 + 0.01 * torch.randn(5, 96)]) * spread
+    x[0, 0] = 40 * spread  # an outlier widens the step of its own row alone
+    got = Int8Linear(weight, scale, None, wide=wide)(x).double()
+    dequantised = weight.double() * scale.double().unsqueeze(1)
+    exact = x.double() @ dequantised.t()
+    half_step = (x.amax(1) - x.amin(1)).double().unsqueeze(1) * error / 2
+    # And float32's rounding of the sums, which is all that is left where the range is wide.
+    rounding = 1e-6 * x.double().abs().sum(1, keepdim=True) * dequantised.abs().amax()
+    assert ((got - exact).abs() <= half_step * dequantised.abs().sum(1) * 1.01 + rounding).all()
+
+
+def test_wide_activations_lose_next_to_nothing():
+    torch.manual_seed(2)
+    weight, scale = quantise_rows(torch.randn(48, 256))
+    x, bias = torch.randn(9, 256) ** 3, torch.randn(48)
+    exact = x @ (weight * scale.unsqueeze(1)).t() + bias
+    narrow, wide = (Int8Linear(weight, scale, bias, wide=wide)(x) for wide in (False, True))
+    assert (wide - exact).norm() / exact.norm() < 1e-4
+    assert (wide - exact).norm() < (narrow - exact).norm() / 50
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_rows_without_a_range_are_exact(wide):
+    weight, scale = quantise_rows(torch.randn(8, 32))
+    x = torch.stack([torch.zeros(32), torch.full((32,), 2.5), torch.full((32,), -1e-20), torch.full((32,), 1e20)])
+    exact = x.double() @ (weight.double() * scale.double().unsqueeze(1)).t()
+    assert torch.allclose(Int8Linear(weight, scale, None, wide=wide)(x).double(), exact, rtol=1e-4, atol=1e-10)

@@ -25,7 +25,7 @@ LONG = {"max_tokens": 3000, "ignore_eos": True}
 @pytest.fixture(scope="module")
 def robust(hf_model, tmp_path_factory):
     """A service that must survive what is done to it, one test after another."""
-    with Service(tmp_path_factory.mktemp("robust"), hf_model, engine={"hang_timeout": 2}) as running:
+    with Service(tmp_path_factory.mktemp("robust"), hf_model, engine={"hang_timeout": 3}) as running:
         yield running
 
 
@@ -65,7 +65,7 @@ def test_a_full_queue_says_when_to_come_back_and_hanging_up_in_it_frees_it(start
             stack.enter_context(service.stream(**LONG))
             wait_for(lambda: service.metric("num_requests_waiting") == 1, what="queueing")
             refused = service.chat()
-            assert refused.status_code == 429
+            assert refused.status_code == 503
             assert 1 <= int(refused.headers["retry-after"]) <= 60
             assert refused.json()["error"]["code"] == "queue_full"
             assert service.metric("admission_rejections_total", reason="queue_full") == 1
@@ -73,6 +73,16 @@ def test_a_full_queue_says_when_to_come_back_and_hanging_up_in_it_frees_it(start
         wait_for(lambda: service.metric("num_requests_waiting") == 0, what="leaving the queue")
         assert service.metric("num_requests_running") == 1
     wait_for(lambda: idle(service), what="idleness")
+
+
+def test_a_context_that_does_not_fit_is_shortened_for_clients_too(start_service):
+    service = start_service(engine={"kv_cache_tokens": 1500})
+    (model,) = httpx.get(service.url + "/v1/models", headers=service.headers).json()["data"]
+    assert model["max_model_len"] == 1024
+    assert "max_model_len falls back" in service.log_text()
+    too_long = service.chat("x" * 1100)
+    assert (too_long.status_code, too_long.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert service.chat("x" * 900).status_code == 200
 
 
 def test_draining_finishes_streams_and_refuses_new_connections(start_service, systemd):
@@ -179,10 +189,68 @@ def text_of_chat(service: Service) -> str:
 def test_a_hung_engine_is_noticed_and_replaced(robust):
     service = robust
     pid = service.kill("engine.process", signal.SIGSTOP)
-    wait_for(lambda: service.probe() == 503, 6, "noticing")
+    wait_for(lambda: service.probe("/livez") == 503, 8, "noticing")
+    body = httpx.get(f"http://127.0.0.1:{service.metrics_port}/livez").json()
+    assert (body["status"], body["detail"][:15]) == ("unavailable", "the engine hung")
+    assert httpx.get(service.url + "/livez").status_code == 503
     wait_for(service.ready, 30, "recovery")
+    assert service.probe("/livez") == 200
     assert service.children("engine.process") != [pid]
     assert not alive(pid)
+
+
+def test_a_hung_worker_is_noticed_and_replaced(robust):
+    service = robust
+    pid = service.kill("api.worker", signal.SIGSTOP)
+    wait_for(lambda: service.children("api.worker") not in ([], [pid]), 12, "a new worker")
+    wait_for(lambda: answers(service), 15, "an answer")
+    assert not alive(pid)
+
+
+@pytest.mark.slow
+def test_an_engine_killed_under_full_load_leaves_nothing_behind(start_service):
+    """32 streams, three times: each ends with an error event in time, and everything is there again afterwards."""
+    service = start_service(engine={"max_num_seqs": 32})
+    assert service.chat().status_code == 200
+    descriptors = []
+    for _ in range(3):
+        ends = run_streams_and_kill(service, 32)
+        assert [code for code, _ in ends] == ["engine_unavailable"] * 32
+        assert max(seconds for _, seconds in ends) < 2
+        refused = service.chat()
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_unavailable")
+        assert int(refused.headers["retry-after"]) >= 1
+        wait_for(service.ready, 40, "recovery")
+        wait_for(lambda: service.chat().status_code == 200, 5, "answering")
+        wait_for(lambda: idle(service), 5, "idleness")
+        pids = (service.process.pid, *service.children("api.worker"), *service.children("engine.process"))
+        descriptors.append([len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in pids])
+    assert descriptors[1:] == descriptors[:-1], "supervisor, worker and engine keep as many as before"
+    assert len(list(service.runtime_dir.glob("*/engine-*.sock"))) == 1
+
+
+def run_streams_and_kill(service: Service, count: int) -> list[tuple[str, float]]:
+    """Kill the engine once all streams have begun; return how each ended, and how long after."""
+    begun, killed, ends = threading.Barrier(count + 1, timeout=40), [0.0], []
+
+    def read() -> None:
+        with service.stream(**LONG) as response:
+            lines = (line for line in response.iter_lines() if line)
+            for _ in range(3):
+                next(lines)
+            begun.wait()
+            last = [*lines][-1]
+        ends.append((json.loads(last.removeprefix("data: "))["error"]["code"], time.monotonic() - killed[0]))
+
+    threads = [threading.Thread(target=read) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    begun.wait()
+    killed[0] = time.monotonic()
+    service.kill("engine.process")
+    for thread in threads:
+        thread.join(20)
+    return ends
 
 
 def test_a_dead_worker_is_replaced_and_its_requests_are_dropped(robust):

@@ -7,8 +7,9 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from support import CONTEXT, EOS, make_model
-from test_parity import GREEDY, prompts, run
+from test_parity import FAMILIES, GREEDY, prompts, run
 
 from nioserve.cli import main
 from nioserve.engine.core import Engine
@@ -17,17 +18,25 @@ from nioserve.models import manifest
 from nioserve.models.gguf import GgufTensors
 from nioserve.models.loader import load
 from nioserve.models.quantize import quantize
-from nioserve.models.spec import ModelError
+from nioserve.models.smoothing import smoothed
+from nioserve.models.spec import ModelError, load_spec
 from nioserve.models.weights import Tensors
+from nioserve.texts import CALIBRATION, sha256_of_texts, tokenised
 
 
 def logits_of(directory, dtype: str) -> torch.Tensor:
-    engine = Engine(load(directory, dtype, CONTEXT), Limits(256, 2, 512, 4, 512))
+    engine = Engine(load(directory, dtype, CONTEXT), Limits(256, 2, 512, 512))
     found = []
     forward = engine._model.forward
-    engine._model.forward = lambda *a: found.append(forward(*a)) or found[-1]
+
+    def listening(chunks, cache):
+        output = forward(chunks, cache)
+        found.append(output.logits.clone())  # the next step may overwrite them
+        return output
+
+    engine._model.forward = listening
     run(engine, prompts(4), 1, GREEDY)
-    return torch.cat([output.logits for output in found])
+    return torch.cat(found)
 
 
 def test_the_converted_model_says_nearly_the_same(hf_model, int8_model):
@@ -37,17 +46,71 @@ def test_the_converted_model_says_nearly_the_same(hf_model, int8_model):
     assert similar.min() > 0.98
 
 
-def test_the_same_source_gives_the_same_bytes(hf_model, int8_model, tmp_path):
-    again = quantize(hf_model, tmp_path / "again", "tiny")
-    assert (again / "manifest.json").read_bytes() == (int8_model / "manifest.json").read_bytes()
-
-
 def test_the_manifest_names_format_source_and_every_file(hf_model, int8_model):
     listed = json.loads((int8_model / "manifest.json").read_text())
     assert (listed["format"], listed["format_version"], listed["name"]) == ("nioserve-model", 1, "tiny")
     assert set(listed["files"]) == {path.name for path in int8_model.iterdir()} - {"manifest.json"}
     assert listed["source"]["sha256"]["model.safetensors"] == manifest.sha256_of(hf_model / "model.safetensors")
     assert json.loads((int8_model / "generation_config.json").read_text())["eos_token_id"] == [EOS]
+
+
+def smoothed_copy(source, target):
+    """Write a model with smoothed weights, unquantised."""
+    shutil.copytree(source, target)
+    spec = load_spec(source)
+    texts = tokenised(CALIBRATION, source, 64).all()
+    tensors = {name: tensor.to(torch.float32) for name, tensor in smoothed(Tensors(source), spec, texts)}
+    (target / "model.safetensors").unlink()
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target, tensors
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_smoothing_changes_the_weights_and_not_the_model(name, tmp_path):
+    family, changes = FAMILIES[name]
+    source = make_model(tmp_path / "source", family, **changes)
+    target, tensors = smoothed_copy(source, tmp_path / "smoothed")
+    before, after = logits_of(source, "float32"), logits_of(target, "float32")
+    assert torch.allclose(before, after, rtol=1e-4, atol=1e-4 * float(before.abs().max()))
+    moved = {key for key in tensors if not torch.allclose(tensors[key], Tensors(source).get(key))}
+    layer = {key.removeprefix("model.layers.0.").removesuffix(".weight") for key in moved if ".layers.0." in key}
+    expected = {"input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
+                "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}  # fmt: skip
+    assert expected <= layer
+    assert ("lm_head.weight" in moved) is not load_spec(source).tie_word_embeddings
+
+
+def test_smoothing_evens_out_an_outlier_channel(hf_model, tmp_path):
+    source = shutil.copytree(hf_model, tmp_path / "source")
+    tensors = {name: Tensors(hf_model).get(name).clone() for name in Tensors(hf_model).names()}
+    for index in range(2):
+        tensors[f"model.layers.{index}.input_layernorm.weight"][3] *= 100
+        for part in "qkv":
+            tensors[f"model.layers.{index}.self_attn.{part}_proj.weight"][:, 3] /= 100
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    exact = logits_of(source, "float32")
+    errors = []
+    for smooth in (True, False):
+        converted = quantize(source, tmp_path / f"out-{smooth}", smooth=smooth)
+        assert ("smoothing" in manifest.read(converted)["quantisation"]) is smooth
+        errors.append((logits_of(converted, "auto") - exact).norm())
+    assert errors[0] < errors[1] / 2
+
+
+def test_the_same_source_gives_the_same_bytes_whatever_the_threads(hf_model, int8_model, tmp_path):
+    torch.set_num_threads(2)
+    try:
+        again = quantize(hf_model, tmp_path / "again", "tiny")
+    finally:
+        torch.set_num_threads(1)
+    assert (again / "manifest.json").read_bytes() == (int8_model / "manifest.json").read_bytes()
+
+
+def test_the_manifest_says_how_the_weights_were_made(int8_model):
+    scheme = manifest.read(int8_model)["quantisation"]
+    assert set(scheme["smoothing"]["alpha"]) == {"attention", "mlp", "down"}
+    assert scheme["smoothing"]["texts_sha256"] == sha256_of_texts(CALIBRATION)
+    assert scheme["wide_activations"] == ["down_proj", "lm_head"]
 
 
 def test_no_matrix_is_left_in_floating_point(int8_model):
@@ -63,6 +126,23 @@ def test_a_tampered_file_is_refused_by_name(int8_model, tmp_path, name):
     (copy / name).write_bytes(content)
     with pytest.raises(ModelError, match=f"{name}: sha256 differs"):
         load(copy, "auto", CONTEXT)
+
+
+def test_a_half_written_file_is_refused_by_name(int8_model, tmp_path):
+    copy = shutil.copytree(int8_model, tmp_path / "copy")
+    path = copy / "model-00001.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ModelError, match=r"model-00001.safetensors: sha256 differs"):
+        load(copy, "auto", CONTEXT)
+
+
+def test_a_missing_tensor_is_named(hf_model, tmp_path, capsys):
+    source = shutil.copytree(hf_model, tmp_path / "source")
+    missing = "model.layers.1.mlp.up_proj.weight"
+    tensors = {name: Tensors(hf_model).get(name) for name in Tensors(hf_model).names() if name != missing}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    assert main(["quantize", str(source), str(tmp_path / "out")]) == 1
+    assert f"tensor {missing} is missing" in capsys.readouterr().err
 
 
 def test_missing_and_added_files_are_refused_by_name(int8_model, tmp_path):

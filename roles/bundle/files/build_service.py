@@ -20,8 +20,12 @@ EPOCH = "1577836800"  # equal sources give equal wheels: the time stamp in a whe
 def main() -> None:
     """Entry point."""
     server, wheels, target = map(Path, sys.argv[1:4])
-    sources = [server / "pyproject.toml", *sorted(p for p in (server / "src").rglob("*") if p.is_file())]
-    sources = [path for path in sources if "__pycache__" not in path.parts and ".egg-info" not in str(path)]
+    folders = [server / "native", server / "src"]
+    found = sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
+    # What a build in the tree itself has left is made anew.
+    made = ("__pycache__", ".egg-info", ".so")
+    sources = [server / "pyproject.toml", server / "setup.py"]
+    sources += [path for path in found if not any(part.endswith(made) for part in path.parts)]
     digest = hashlib.sha256((wheels / "requirements.txt").read_bytes())
     for path in sources:
         digest.update(f"{path.relative_to(server)}\n".encode() + path.read_bytes())

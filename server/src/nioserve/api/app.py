@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
 
-from nioserve.api import chat, models, pages
+from nioserve.api import chat, completions, embeddings, models, pages
 from nioserve.api.errors import ApiError, on_api_error, on_crash, on_http_error
 from nioserve.api.gate import Gate
 from nioserve.api.service import Service
@@ -27,9 +27,8 @@ def create_app(service: Service, max_body_bytes: int) -> Gate:
     # No generated documentation: its pages load scripts from the internet.
     app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
     app.state.service = service
-    app.include_router(chat.router)
-    app.include_router(models.router)
-    app.include_router(pages.router)
+    for part in (chat, completions, embeddings, models, pages):
+        app.include_router(part.router)
     app.mount("/ui", StaticFiles(directory=pages.UI))
     app.add_exception_handler(ApiError, on_api_error)
     app.add_exception_handler(HTTPException, on_http_error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
@@ -14,156 +14,133 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from nioserve.api.answer import Answer
+from nioserve.api.choice import Choice
 from nioserve.api.disconnect import EventStream, unless_gone
 from nioserve.api.errors import ApiError, json_response
-from nioserve.api.gate import RECORD
-from nioserve.api.identify import identify
+from nioserve.api.generate import begin, check_available, collect, tokenise
+from nioserve.api.intake import Intake, take_in
+from nioserve.api.message import AssistantMessage
 from nioserve.api.prompt import PromptError
-from nioserve.api.schemas import ChatRequest, parse_chat_request
-from nioserve.api.service import Service, service_of
-from nioserve.engine.client import EngineUnavailableError, RejectedError
-from nioserve.engine.messages import Sampling
+from nioserve.api.schemas import ChatRequest, Message
+from nioserve.api.service import Service
+from nioserve.api.stream import Chunks, stream
+from nioserve.api.tools import ToolCallParser, ToolFormat, call_grammar
+from nioserve.engine.grammar.check import check
+from nioserve.engine.grammar.source import GrammarError
+from nioserve.engine.messages import Grammar
 
 router = APIRouter()
 
-BODY_SECONDS = 30
-"""How long a client may take to send its request."""
+_GRAMMAR_CHECKS = ThreadPoolExecutor(max_workers=2, thread_name_prefix="grammar")
+"""Threads of their own: a schema may take seconds, and long prompts are tokenised in the common ones."""
 
 
 @router.post("/v1/chat/completions")
 async def chat_completions(request: Request) -> Response:
     """Answer a conversation, whole or as a stream."""
-    service = service_of(request)
-    identify(request, service)
-    chat = parse_chat_request(await _read_json(request))
-    if chat.model != service.model_name:
-        raise ApiError(
-            404, f"The model `{chat.model}` does not exist here; this server has `{service.model_name}`.",
-            param="model", code="model_not_found",
-        )  # fmt: skip
-    answer = await unless_gone(request.receive, _begin(service, chat))
+    intake = await take_in(request, ChatRequest)
+    return await (intake.service.relay or answer_chat)(intake)
 
-    def finish() -> None:
-        answer.close()
-        request.scope[RECORD].update(stream=chat.stream, **answer.log_fields())
 
+async def answer_chat(intake: Intake[ChatRequest]) -> Response:
+    """Answer a checked request by our own engine."""
+    service, chat, receive = intake.service, intake.body, intake.request.receive
+    answer = await unless_gone(receive, _begin(intake))
+    messages = [_message(answer, choice, intake) for choice in answer.choices]
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.model_name}
     if chat.stream:
-        usage = bool(chat.stream_options and chat.stream_options.include_usage)
-        return EventStream(_stream(answer, head, usage), finish)
+        chunks = Chunks({**head, "object": "chat.completion.chunk"}, include_usage=chat.include_usage)
+        opening = b"".join([chunks.choice(message.opening()) for message in messages])
+
+        def render(choice: Choice, text: str) -> bytes:
+            return b"".join([chunks.choice(part) for part in messages[choice.index].chunks(text)])
+
+        return EventStream(stream(service, answer, chunks, opening, render), lambda: answer.close(intake.record))
+    await collect(intake, answer, lambda choice, text: messages[choice.index].push(text))
+    choices = [message.whole() for message in messages]
+    return json_response({**head, "object": "chat.completion", "choices": choices, "usage": answer.usage()})
+
+
+def _message(answer: Answer, choice: Choice, intake: Intake[ChatRequest]) -> AssistantMessage:
+    chat, form, parser = intake.body, intake.service.prompter.tool_format, None
+    if form is not None and chat.active_tools():
+        parser = ToolCallParser(form, forced=bool(chat.forced_tools()), parallel=chat.parallel_tool_calls)
+    return AssistantMessage(answer, choice, parser, intake.service.token_texts if chat.logprobs else None)
+
+
+async def _begin(intake: Intake[ChatRequest]) -> Answer:
+    """Make the prompt, and get the request admitted."""
+    service, chat, prompter = intake.service, intake.body, intake.service.prompter
+    long_conversation = chat.turns > service.long_conversation_turns
+    check_available(service, long_conversation=long_conversation)
+    form = _tool_format(service, chat)
+    grammar = _grammar(chat, form)
+    if grammar is not None:
+        await _check_grammar(grammar, "tools" if form else "response_format")
+    messages = [_for_template(message) for message in chat.messages]
+    tools = [tool.model_dump(exclude_none=True) for tool in chat.active_tools()]
     try:
-        text = await unless_gone(request.receive, _collect(answer))
-    except EngineUnavailableError as error:
-        raise _unavailable(str(error)) from error
-    finally:
-        finish()
-    choice = {
-        "index": 0,
-        "message": {"role": "assistant", "content": text, "refusal": None},
-        "logprobs": None,
-        "finish_reason": answer.finish_reason,
-    }
-    return json_response({**head, "object": "chat.completion", "choices": [choice], "usage": answer.usage()})
-
-
-async def _read_json(request: Request) -> object:
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            body = await request.body()
-    except TimeoutError as error:
-        raise ApiError(408, f"The request body did not arrive within {BODY_SECONDS} seconds.") from error
-    try:
-        # Stricter than the json module: half a surrogate and NaN are no JSON, and nesting is bounded.
-        return pydantic_core.from_json(body, allow_inf_nan=False)
-    except ValueError as error:
-        raise ApiError(400, f"The body is not valid JSON: {error}.", code="invalid_json") from error
-
-
-async def _begin(service: Service, chat: ChatRequest) -> Answer:
-    """Make the prompt, check that it fits, and get the request admitted."""
-    started = time.monotonic()
-    prompt = await _encode(service, chat)
-    limit = _token_limit(chat, len(prompt), service.max_model_len)
-    sampling = Sampling(
-        temperature=service.temperature if chat.temperature is None else chat.temperature,
-        top_p=service.top_p if chat.top_p is None else chat.top_p,
-        seed=chat.seed,
-        ignore_eos=chat.ignore_eos,
-    )
-    if service.client.state.draining:
-        service.metrics.rejected("draining")
-        raise _unavailable("The server is shutting down")
-    try:
-        generation = await service.client.submit(uuid.uuid4().hex, prompt, limit, sampling)
-    except RejectedError as error:
-        service.metrics.rejected(error.reason)
-        if error.reason != "queue_full":
-            raise ApiError(500, "The engine refused the request.") from error
-        text = f"The server is busy and its queue is full. Try again in {error.retry_after} s."
-        raise ApiError(429, text, code="queue_full", retry_after=error.retry_after) from error
-    except EngineUnavailableError as error:
-        service.metrics.rejected("engine_unavailable")
-        raise _unavailable(str(error)) from error
-    return Answer(generation, service.prompter.tokenizer, chat.stops(), len(prompt), started, service.metrics)
-
-
-async def _encode(service: Service, chat: ChatRequest) -> list[int]:
-    # Templates know `system`; OpenAI renamed it for some models.
-    roles = {"developer": "system"}
-    turns = [(roles.get(message.role, message.role), message.text()) for message in chat.messages]
-    try:
-        # In a thread: a long conversation takes a while, and streams of others go on meanwhile.
-        return await asyncio.to_thread(service.prompter.encode, turns)
+        prompt = await tokenise(intake.request, lambda: prompter.encode(messages, tools))
     except PromptError as error:
         raise ApiError(400, f"The model does not take these messages: {error}.", param="messages") from error
+    return await begin(
+        intake, [prompt], "messages", grammar=grammar, spoken=prompter.spoken if form else None,
+        long_conversation=long_conversation,
+    )  # fmt: skip
 
 
-def _token_limit(chat: ChatRequest, prompt: int, context: int) -> int:
-    """Return how many tokens may be generated: as asked for, else all that fit."""
-    left, asked = context - prompt, chat.token_limit()
-    if left < 1:
-        raise ApiError(
-            400, f"The messages are {prompt} tokens long, and the model's context is {context} tokens including the "
-            "answer. Shorten the conversation.", param="messages", code="context_length_exceeded",
-        )  # fmt: skip
-    if asked is not None and asked > left:
-        name = "max_tokens" if chat.max_completion_tokens is None else "max_completion_tokens"
-        raise ApiError(
-            400, f"The messages are {prompt} tokens long and `{name}` asks for {asked} more, but the model's context "
-            f"is {context} tokens. Send at most {left}, or leave `{name}` out to use what fits.",
-            param=name, code="context_length_exceeded",
-        )  # fmt: skip
-    return asked or left
+def _for_template(message: Message) -> dict[str, Any]:
+    """Return a message as chat templates know it: arguments of calls are objects there, and text in the API."""
+    # Templates know `system`; OpenAI renamed it for some models.
+    role = "system" if message.role == "developer" else message.role
+    out: dict[str, Any] = {"role": role, "content": message.text()}
+    if message.name is not None:
+        out["name"] = message.name
+    if message.tool_call_id is not None:
+        out["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        out["tool_calls"] = [
+            {"id": call.id, "type": "function",
+             "function": {"name": call.function.name, "arguments": _arguments(call.function.arguments)}}
+            for call in message.tool_calls
+        ]  # fmt: skip
+    return out
 
 
-def _unavailable(detail: str) -> ApiError:
-    text = f"The model is not available right now ({detail.rstrip('.')}). Try again in a few seconds."
-    return ApiError(503, text, code="engine_unavailable", retry_after=5)
-
-
-async def _collect(answer: Answer) -> str:
-    return "".join([piece async for piece in answer.pieces()])
-
-
-async def _stream(answer: Answer, head: dict[str, Any], include_usage: bool) -> AsyncGenerator[bytes, None]:
-    """Yield the chunks. The status is out already, so an engine that is lost on the way ends in an error event."""
-    shared = {**head, "object": "chat.completion.chunk", **({"usage": None} if include_usage else {})}
-
-    def chunk(delta: dict[str, str], finish_reason: str | None = None) -> bytes:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return _event({**shared, "choices": [choice]})
-
+def _arguments(text: str) -> object:
     try:
-        yield chunk({"role": "assistant", "content": ""})
-        async for text in answer.pieces():
-            yield chunk({"content": text})
-        yield chunk({}, answer.finish_reason)
-        if include_usage:
-            yield _event({**shared, "choices": [], "usage": answer.usage()})
-        yield b"data: [DONE]\n\n"
-    except EngineUnavailableError as error:
-        yield _event(_unavailable(str(error)).body())
+        return pydantic_core.from_json(text)  # bounded in depth, unlike the json module
+    except ValueError:
+        return text  # what a model once wrote wrong is shown to it as it was
 
 
-def _event(value: object) -> bytes:
-    return b"data: " + msgspec.json.encode(value) + b"\n\n"
+def _tool_format(service: Service, chat: ChatRequest) -> ToolFormat | None:
+    form = service.prompter.tool_format
+    history = any(message.tool_calls or message.role == "tool" for message in chat.messages)
+    if form is None and (chat.active_tools() or history):
+        name = "tools" if chat.active_tools() else "messages"
+        text = f"The model `{service.model_name}` does not know tools: its chat template has no place for them."
+        raise ApiError(400, text, param=name, code="unsupported_parameter")
+    return form if chat.active_tools() else None
+
+
+def _grammar(chat: ChatRequest, form: ToolFormat | None) -> Grammar | None:
+    """Return what the answer must look like, if anything was asked."""
+    if form is not None and chat.forced_tools():
+        functions = [tool.function.model_dump() for tool in chat.forced_tools()]
+        # A named tool is called once, as in OpenAI's API.
+        return call_grammar(functions, form, parallel=chat.parallel_tool_calls and chat.tool_choice == "required")
+    wanted = chat.response_format
+    if wanted is None or wanted.type == "text":
+        return None
+    if wanted.json_schema is None:
+        return Grammar("json_object")
+    return Grammar("json_schema", msgspec.json.encode(wanted.json_schema.schema_).decode())
+
+
+async def _check_grammar(grammar: Grammar, param: str) -> None:
+    try:
+        await asyncio.get_running_loop().run_in_executor(_GRAMMAR_CHECKS, check, grammar)
+    except GrammarError as error:
+        text = f"`{param}` has a schema that cannot be used: {error}."
+        raise ApiError(400, text, param=param, code="invalid_schema") from error

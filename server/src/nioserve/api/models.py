@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from nioserve.api.errors import ApiError, json_response
+from nioserve.api.generate import check_available
 from nioserve.api.identify import identify
 from nioserve.api.service import Service, service_of
 
@@ -19,6 +20,8 @@ async def list_models(request: Request) -> Response:
     """List the models."""
     service = service_of(request)
     identify(request, service)
+    if service.relay is not None:  # what an upstream serves is there while it is
+        check_available(service)
     return json_response({"object": "list", "data": [_model(service)]})
 
 
@@ -38,5 +41,5 @@ def _model(service: Service) -> dict[str, Any]:
         "object": "model",
         "created": service.model_created,
         "owned_by": "nioserve",
-        "max_model_len": service.max_model_len,
+        "max_model_len": service.context,
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -16,12 +17,15 @@ import ssl
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import uvicorn
 import uvloop
 
 from nioserve import logs
 from nioserve.api.app import create_app
+from nioserve.api.connection import protocol
+from nioserve.api.logprobs import TokenTexts
 from nioserve.api.prompt import Prompter
 from nioserve.api.service import Service
 from nioserve.config import Config
@@ -34,6 +38,9 @@ from nioserve.models.spec import load_spec, sampling_defaults
 from nioserve.parent import die_with_parent
 from nioserve.policy.identity import KeyStore
 
+if TYPE_CHECKING:
+    from nioserve.backends.relay import Relay
+
 log = logging.getLogger(__name__)
 
 
@@ -42,7 +49,8 @@ class Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, client: EngineClient, runtime_dir: Path) -> None:
         super().__init__(config)
-        self._client, self._runtime_dir = client, runtime_dir
+        self._client = client
+        self._supervisor = transport.Sender(transport.Addresses(runtime_dir).supervisor())
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -55,11 +63,15 @@ class Server(uvicorn.Server):
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start to serve, and say so once the service's state is known: before, every answer would be 503."""
+        """Start to serve, and go on once the service's state is known: before, every answer would be 503."""
         await super().startup(sockets)
         await self._client.informed.wait()
-        supervisor = transport.Sender(transport.Addresses(self._runtime_dir).supervisor())
-        supervisor.send(messages.encode(messages.WorkerReady(os.getpid())))
+
+    async def on_tick(self, counter: int) -> bool:
+        """Tell the supervisor twice a second that this loop comes round; uvicorn calls it ten times a second."""
+        if counter % 5 == 0:
+            self._supervisor.send(messages.encode(messages.WorkerReady(os.getpid())))
+        return await super().on_tick(counter)
 
 
 def make_service(config: Config, runtime_dir: Path) -> Service:
@@ -67,17 +79,33 @@ def make_service(config: Config, runtime_dir: Path) -> Service:
     directory = config.model.path
     name = config.model.served_name or manifest.model_name(directory)
     temperature, top_p = sampling_defaults(directory)
+    spec, prompter = load_spec(directory), Prompter(directory)
     return Service(
         model_name=name,
         model_created=int((directory / "config.json").stat().st_mtime),
-        max_model_len=resolve_max_model_len(config, load_spec(directory)),
+        max_model_len=resolve_max_model_len(config, spec),
+        vocab_size=spec.vocab_size,
+        embedding_size=spec.hidden_size,
+        long_conversation_turns=config.engine.long_conversation_turns,
+        request_timeout=config.server.request_timeout,
         temperature=temperature,
         top_p=top_p,
-        prompter=Prompter(directory),
+        prompter=prompter,
+        token_texts=TokenTexts(prompter.tokenizer),
         client=EngineClient(runtime_dir),
         keys=KeyStore(config.auth.keys_file),
         metrics=ApiMetrics(name),
+        relay=_relay(config, name) if config.engine.backend == "upstream" else None,
     )
+
+
+def _relay(config: Config, name: str) -> Relay:
+    # Imported here: its HTTP client takes memory that workers in front of our own engine do without.
+    from nioserve.backends.relay import Relay
+    from nioserve.backends.upstream import UpstreamClient
+
+    client = UpstreamClient(config.upstream, config.server.request_timeout)
+    return Relay(client, config.upstream.model or name)
 
 
 def uvicorn_config(config: Config, service: Service) -> uvicorn.Config:
@@ -86,7 +114,7 @@ def uvicorn_config(config: Config, service: Service) -> uvicorn.Config:
     return uvicorn.Config(
         create_app(service, config.server.max_body_bytes),
         loop="uvloop",
-        http="httptools",
+        http=protocol(config.server.stalled_read_timeout),
         ws="none",
         log_config=None,
         access_log=False,
@@ -103,8 +131,13 @@ def uvicorn_config(config: Config, service: Service) -> uvicorn.Config:
 async def serve(config: Config, runtime_dir: Path, listener: socket.socket) -> None:
     """Serve until drained."""
     service = make_service(config, runtime_dir)
+    # What is there now stays: collections need not walk it again and again.
+    gc.collect()
+    gc.freeze()
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, service.keys.refresh, True)
     await Server(uvicorn_config(config, service), service.client, runtime_dir).serve(sockets=[listener])
+    if service.relay is not None:
+        await service.relay.close()
 
 
 def main() -> None:

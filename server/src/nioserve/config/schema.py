@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 Count = Annotated[int, Field(ge=1)]
+
+
+def _split(value: object) -> object:
+    """Take a list from a flag or the environment too: words between commas."""
+    return tuple(word.strip() for word in value.split(",") if word.strip()) if isinstance(value, str) else value
+
+
+def _base(url: str) -> str:
+    """Return a base URL as paths are added to it: OpenAI's clients write it with /v1 at the end."""
+    return url.rstrip("/").removesuffix("/v1")
+
+
+Url = Annotated[str, Field(pattern=r"^https?://[^/\s]+(/\S*)?$"), AfterValidator(_base)]
+
+
+def _default_workers() -> int:
+    """Return how many API processes run: one is enough for the tokens, two outlive each other, more share bursts."""
+    return min(4, len(os.sched_getaffinity(0)))
 
 
 class Section(BaseModel):
@@ -26,12 +45,17 @@ class Tls(Section):
 
 
 class Server(Section):
-    """The API's listener and its worker processes; `shutdown_timeout` in seconds."""
+    """The API's listener and its worker processes; timeouts in seconds.
+
+    `request_timeout`: for a whole answer. `stalled_read_timeout`: how long a client may leave an answer unread.
+    """
 
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     port: Port = 8000
-    workers: Annotated[int, Field(ge=1, le=64)] = 4
+    workers: Annotated[int, Field(ge=1, le=64)] = Field(default_factory=_default_workers)
     shutdown_timeout: Annotated[float, Field(ge=0)] = 120
+    request_timeout: Annotated[float, Field(ge=1)] = 600
+    stalled_read_timeout: Annotated[float, Field(ge=1)] = 30
     max_body_bytes: Annotated[int, Field(ge=1024)] = 1048576
     tls: Tls = Tls()
 
@@ -51,16 +75,61 @@ class Model(Section):
 
 
 class Engine(Section):
-    """How much runs at a time. Lengths in tokens, `hang_timeout` in seconds."""
+    """How much runs at a time. Lengths in tokens, timeouts in seconds.
+
+    `max_num_queued_reqs` and `max_num_queued_tokens` (of prompts) bound each of the two queues; `conversation_share` is
+    what the queue of long conversations gets of tokens and seats when the other is busy too. `speculate_tokens` is how
+    many tokens are guessed at most, for greedy answers, while at most `speculate_max_num_seqs` run; 0 guesses none.
+
+    Where the user has spoken more than `long_conversation_turns` times, the request waits in the queue of long ones.
+    """
 
     max_num_seqs: Annotated[int, Field(ge=1, le=1024)] = 32
     max_model_len: Count | None = None
-    max_num_batched_tokens: Count = 512
+    max_num_batched_tokens: Count = 256
     max_num_queued_reqs: Annotated[int, Field(ge=0)] = 256
+    max_num_queued_tokens: Count = 131072
+    conversation_share: Annotated[float, Field(ge=0.05, le=0.95)] = 0.5
+    queue_timeout: Annotated[float, Field(gt=0)] = 60
+    prefix_cache: bool = True
+    speculate_tokens: Annotated[int, Field(ge=0, le=32)] = 0
+    speculate_max_num_seqs: Count = 4
     kv_cache_tokens: Count | None = None
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    hang_timeout: Annotated[float, Field(ge=1)] = 60
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|(cuda|rocm)(:\d+)?)$")] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    kernels: Literal["auto", "amx", "bf16", "avx512", "torch"] = "auto"
+    kv_cache_dtype: Literal["auto", "int8"] = "auto"
+    hang_timeout: Annotated[float, Field(ge=1)] = 30
+    backend: Literal["auto", "torch", "onnx", "upstream"] = "auto"
+    long_conversation_turns: Count = 5
+
+
+class UpstreamTls(Section):
+    """PEM files: the authority of https URLs (default: the system's), and a certificate for this client if need be."""
+
+    ca: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+
+
+class Upstream(Section):
+    """An OpenAI-compatible server to ask, for `engine.backend: upstream`. Timeouts in seconds; an answer's whole time
+    is `server.request_timeout`.
+
+    `urls` are asked in turn. `metrics_urls` are each URL's /metrics unless set. `model` is the upstream's name for the
+    model. After `breaker_failures` in a row a URL is left alone for `breaker_cooldown` seconds.
+    """
+
+    urls: Annotated[tuple[Url, ...], BeforeValidator(_split)] = ()
+    metrics_urls: Annotated[tuple[Url, ...], BeforeValidator(_split)] = ()
+    model: Annotated[str, Field(min_length=1)] | None = None
+    api_key_file: Path | None = None
+    tls: UpstreamTls = UpstreamTls()
+    connect_timeout: Annotated[float, Field(gt=0)] = 5
+    read_timeout: Annotated[float, Field(gt=0)] = 300
+    breaker_failures: Count = 5
+    breaker_cooldown: Annotated[float, Field(gt=0)] = 10
 
 
 class Auth(Section):
@@ -83,6 +152,7 @@ class Config(Section):
     metrics: Metrics = Metrics()
     model: Model
     engine: Engine = Engine()
+    upstream: Upstream = Upstream()
     auth: Auth = Auth()
     log: Log = Log()
     runtime_dir: Path | None = None
@@ -104,6 +174,11 @@ def contradictions(config: Config) -> list[str]:
         )
     if (tls.certificate is None) != (tls.key is None):
         found.append("server.tls: certificate and key must be set together")
+    upstream = config.upstream
+    if (upstream.tls.certificate is None) != (upstream.tls.key is None):
+        found.append("upstream.tls: certificate and key must be set together")
+    if (engine.backend == "upstream") != bool(upstream.urls):
+        found.append("upstream.urls: must be set with engine.backend: upstream, and with no other")
     if tls.client_ca is not None and tls.certificate is None:
         found.append("server.tls.client_ca: needs server.tls.certificate and server.tls.key")
     if (config.server.host, config.server.port) == (config.metrics.host, config.metrics.port):

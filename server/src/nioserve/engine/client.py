@@ -5,19 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import Sequence
 from pathlib import Path
 
 from zmq.asyncio import Context, Socket
 
 from nioserve.engine import messages, transport
-from nioserve.engine.messages import Accepted, Cancel, Output, Rejected, Sampling, ServiceState, Submit
+from nioserve.engine.messages import Accepted, Cancel, FinishReason, Load, Output, Rejected, ServiceState, Submit
 
 log = logging.getLogger(__name__)
 
 
 class EngineUnavailableError(Exception):
-    """The engine is starting, dead or hung; whatever was in flight is lost."""
+    """The engine is starting, dead or hung, or the service shuts down; whatever was in flight is lost."""
 
 
 class RejectedError(Exception):
@@ -29,38 +29,88 @@ class RejectedError(Exception):
 
 
 class Generation:
-    """One admitted request: an iterator over its outputs. Close it, however reading ended."""
+    """What the engine answers to one or several requests that belong together. Close it, however reading ended.
 
-    def __init__(self, client: EngineClient, request_id: str) -> None:
-        self._client, self._request_id = client, request_id
-        self.events: asyncio.Queue[Accepted | Rejected | Output | EngineUnavailableError] = asyncio.Queue()
-        self.ended = False
+    Outputs gather here until somebody asks, so that a reader who is late gets them all at once.
+    """
+
+    def __init__(self, client: EngineClient, requests: Sequence[Submit]) -> None:
+        self._client = client
+        self._index = {request.request_id: index for index, request in enumerate(requests)}
+        self._running = dict(self._index)
+        self._unanswered = len(requests)
+        self._outputs: list[tuple[int, Output]] = []
+        self._failure: Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None
 
     async def admitted(self) -> None:
-        """Wait for a place; RejectedError or EngineUnavailableError when there is none."""
-        event = await self._next()
-        if isinstance(event, Rejected):
-            self.ended = True
-            raise RejectedError(event.reason, event.retry_after)
+        """Wait until all have a place; RejectedError or EngineUnavailableError when one has none."""
+        while self._unanswered and self._failure is None:
+            await self._wait()
+        if self._failure is not None:
+            raise self._failure
 
-    async def outputs(self) -> AsyncIterator[Output]:
-        """Yield outputs up to and including the last; EngineUnavailableError when the engine is lost."""
-        while not self.ended:
-            event = await self._next()
-            if isinstance(event, Output):
-                self.ended = event.finish_reason is not None
-                yield event
+    async def next(self) -> list[tuple[int, Output]]:
+        """Return all outputs since the last call, each with its request's index; nothing once all have ended.
 
-    async def _next(self) -> Accepted | Rejected | Output:
-        event = await self.events.get()
-        if isinstance(event, EngineUnavailableError):
-            self.ended = True
-            raise event
-        return event
+        Raises what the generation failed with: EngineUnavailableError, RejectedError when a request waited too long in
+        the queue, or what `fail` was given.
+        """
+        while not self._outputs:
+            if self._failure is not None:
+                raise self._failure
+            if not self._running:
+                return []
+            await self._wait()
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def take(self, message: Accepted | Rejected | Output) -> None:
+        """Note what the engine said."""
+        if isinstance(message, Accepted):
+            self._unanswered -= 1
+        elif isinstance(message, Rejected):
+            self._forget(message.request_id)
+            self.fail(RejectedError(message.reason, message.retry_after))
+        elif message.finish_reason is FinishReason.ERROR:
+            self._forget(message.request_id)
+            self.fail(EngineUnavailableError("the engine had to give the request up"))
+        else:
+            self._outputs.append((self._index[message.request_id], message))
+            if message.finish_reason is not None:
+                self._forget(message.request_id)
+        self._wake()
+
+    def fail(self, error: Exception) -> None:
+        """End the generation with an error, which its reader gets after the outputs that are here already."""
+        self._failure = error
+        self._wake()
+
+    def cancel(self, index: int) -> None:
+        """Have the engine drop one of the requests, if it still runs."""
+        for request_id in [name for name in self._running if self._index[name] == index]:
+            self._client.cancel(request_id)
+            self._forget(request_id)
 
     def close(self) -> None:
-        """Forget the request, and have the engine drop it if it still runs."""
-        self._client.forget(self._request_id, cancel=not self.ended)
+        """Forget the requests, and have the engine drop those that still run."""
+        for index in list(self._running.values()):
+            self.cancel(index)
+
+    def _forget(self, request_id: str) -> None:
+        self._running.pop(request_id, None)
+        self._client.forget(request_id)
+
+    async def _wait(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
 class EngineClient:
@@ -73,6 +123,7 @@ class EngineClient:
         self._pending: dict[str, Generation] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._reader: asyncio.Task[None] | None = None
+        self._load = Load(None, None)
         self.informed = asyncio.Event()
         """Set once the supervisor's first word is here."""
         self.state = ServiceState(epoch=0, engine_ready=False, draining=False, started=False, detail="starting")
@@ -89,12 +140,21 @@ class EngineClient:
         await asyncio.gather(*tasks, return_exceptions=True)
         self._context.destroy(linger=0)
 
-    async def submit(self, request_id: str, prompt: list[int], max_tokens: int, sampling: Sampling) -> Generation:
-        """Send a request and return once it is admitted; RejectedError or EngineUnavailableError otherwise."""
-        if self._engine is None or not self.state.engine_ready:
+    def check(self, *, long_conversation: bool = False) -> None:
+        """Raise what `submit` would raise now, before any work is put into a request."""
+        if self.state.draining or not self.state.engine_ready or self._engine is None:
             raise EngineUnavailableError(self.state.detail)
-        generation = self._pending[request_id] = Generation(self, request_id)
-        self._send(Submit(request_id, prompt, max_tokens, sampling))
+        full = self._load.conversations if long_conversation else self._load.short
+        if full is not None:
+            raise RejectedError(full.reason, full.retry_after)
+
+    async def submit(self, requests: Sequence[Submit]) -> Generation:
+        """Send requests and return once all are admitted; RejectedError or EngineUnavailableError, and none runs."""
+        self.check(long_conversation=any(request.long_conversation for request in requests))
+        generation = Generation(self, requests)
+        for request in requests:
+            self._pending[request.request_id] = generation
+            self._send(request)
         try:
             await generation.admitted()
         except BaseException:  # cancelled, too: the client may hang up while it waits
@@ -102,10 +162,13 @@ class EngineClient:
             raise
         return generation
 
-    def forget(self, request_id: str, *, cancel: bool) -> None:
-        """Drop a request on this side, and on the engine's if it may still run there."""
-        if self._pending.pop(request_id, None) is not None and cancel:
-            self._send(Cancel(request_id))
+    def cancel(self, request_id: str) -> None:
+        """Have the engine drop a request."""
+        self._send(Cancel(request_id))
+
+    def forget(self, request_id: str) -> None:
+        """Drop what may still come for a request."""
+        self._pending.pop(request_id, None)
 
     def _send(self, message: messages.ToEngine) -> None:
         if self._engine is not None:
@@ -126,6 +189,7 @@ class EngineClient:
             self._connect(state.epoch)
 
     def _connect(self, epoch: int) -> None:
+        self._load = Load(None, None)
         self._engine = transport.call(self._context, self._addresses.engine(epoch))
         self._reader = asyncio.create_task(self._read(self._engine))
 
@@ -136,15 +200,19 @@ class EngineClient:
         if self._engine is not None:
             self._engine.close(linger=0)
         self._reader = self._engine = None
-        for generation in self._pending.values():
-            generation.events.put_nowait(EngineUnavailableError(detail))
+        for generation in set(self._pending.values()):
+            generation.fail(EngineUnavailableError(detail))
+        self._pending.clear()
 
     async def _read(self, socket: Socket) -> None:
         with contextlib.suppress(asyncio.CancelledError):
             while True:
                 message = messages.decode_from_engine(await socket.recv())
+                if isinstance(message, Load):
+                    self._load = message
+                    continue
                 items = message.outputs if isinstance(message, messages.Outputs) else [message]
                 for item in items:
                     generation = self._pending.get(item.request_id)
                     if generation is not None:
-                        generation.events.put_nowait(item)
+                        generation.take(item)

@@ -1,7 +1,8 @@
 """What API workers, engine and supervisor say to each other: msgpack over ZeroMQ, typed and tagged.
 
-Worker to engine: Submit, Cancel. Engine to worker: Accepted or Rejected, then Outputs. Both to the supervisor:
-EngineReady, WorkerReady, Heartbeat. Supervisor to all workers: ServiceState, repeated, so that a late one learns it.
+Worker to engine: Submit, Cancel. Engine to worker: Accepted or Rejected, then Outputs; and Load, whenever a queue fills
+up or has room again. Both to the supervisor: EngineReady, WorkerReady, Heartbeat. Supervisor to all workers:
+ServiceState, repeated, so that a late one learns it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ import msgspec
 
 
 class FinishReason(StrEnum):
-    """Why an answer ended; the values are OpenAI's, but for the last two, which never reach a client."""
+    """Why an answer ended; the values are OpenAI's, but for the last two, which never reach a client.
+
+    ERROR: the engine gave the request up, because a grammar failed or memory ran out. It may be tried again.
+    """
 
     STOP = "stop"
     LENGTH = "length"
@@ -21,7 +25,7 @@ class FinishReason(StrEnum):
 
 
 class Grammar(msgspec.Struct, frozen=True):
-    """What an answer must look like: `kind` is json_object, json_schema, regex or structural_tag; `source` its text."""
+    """What an answer must look like: `kind` is json_object, json_schema or regex; `source` its text."""
 
     kind: str
     source: str = ""
@@ -78,11 +82,34 @@ class Accepted(msgspec.Struct, tag=True, frozen=True):
 
 
 class Rejected(msgspec.Struct, tag=True, frozen=True):
-    """The request is not queued. `reason` is a metric label."""
+    """The request is not queued, or was queued and will not run. `reason` is a metric label; `retry_after` in seconds.
+
+    queue_full, queue_tokens: too many requests, or too many prompt tokens, wait already.
+    queue_timeout: it was accepted, and waited too long; no output came before.
+    too_long: prompt and answer are longer than the engine's context, so it can never run.
+    invalid: a token or a grammar that the model does not know.
+    """
 
     request_id: str
     reason: str
     retry_after: int
+
+
+class Full(msgspec.Struct, frozen=True):
+    """A queue that takes no more: the reason and the time that Rejected would give."""
+
+    reason: str
+    retry_after: int
+
+
+class Load(msgspec.Struct, tag=True, frozen=True):
+    """Which queues are full. Until the next Load a worker refuses requests for those itself, and asks nobody.
+
+    The engine hears its workers between two steps only; this is how a refusal takes no longer than a look.
+    """
+
+    short: Full | None
+    conversations: Full | None
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -110,13 +137,14 @@ class Outputs(msgspec.Struct, tag=True, frozen=True):
 
 
 class EngineReady(msgspec.Struct, tag=True, frozen=True):
-    """The engine has loaded its model and warmed it up."""
+    """The engine has loaded its model and warmed it up. `max_model_len` (tokens) is what memory allows; 0: unknown."""
 
     epoch: int
+    max_model_len: int = 0
 
 
 class WorkerReady(msgspec.Struct, tag=True, frozen=True):
-    """An API worker accepts connections."""
+    """An API worker accepts connections. Repeated twice a second from its event loop, so that a hang shows."""
 
     pid: int
 
@@ -128,17 +156,23 @@ class Heartbeat(msgspec.Struct, tag=True, frozen=True):
 
 
 class ServiceState(msgspec.Struct, tag=True, frozen=True):
-    """What workers need to know: which engine to talk to, and whether the service takes traffic."""
+    """What workers need to know: which engine to talk to, and whether the service takes traffic.
+
+    `hung`: the last engine stopped answering, and its successor is not ready yet. `max_model_len` is the engine's, in
+    tokens; 0 until one was ready.
+    """
 
     epoch: int
     engine_ready: bool
     draining: bool
     started: bool
     detail: str
+    hung: bool = False
+    max_model_len: int = 0
 
 
 ToEngine = Submit | Cancel
-FromEngine = Accepted | Rejected | Outputs
+FromEngine = Accepted | Rejected | Outputs | Load
 ToSupervisor = EngineReady | WorkerReady | Heartbeat
 
 encode = msgspec.msgpack.Encoder().encode

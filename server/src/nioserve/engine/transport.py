@@ -26,7 +26,14 @@ class Addresses:
 
     def engine(self, epoch: int) -> str:
         """Return the engine's address. Each engine has its own, so that no message of a dead one reaches the next."""
-        return f"ipc://{self._dir}/engine-{epoch}.sock"
+        return f"ipc://{self._engine(epoch)}"
+
+    def forget_engine(self, epoch: int) -> None:
+        """Remove the socket file that a dead engine left."""
+        self._engine(epoch).unlink(missing_ok=True)
+
+    def _engine(self, epoch: int) -> Path:
+        return self._dir / f"engine-{epoch}.sock"
 
     def supervisor(self) -> str:
         """Return where the supervisor hears of readiness and heartbeats."""

@@ -12,7 +12,15 @@ from nioserve.models.spec import ModelSpec
 class CausalModel(Protocol):
     """A causal language model with a cache in blocks of `cache.BLOCK_SIZE` tokens. What a cache is, only it knows."""
 
-    spec: ModelSpec
+    @property
+    def spec(self) -> ModelSpec:
+        """Return what the engine needs to know of the model."""
+        ...
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """Return how much of a cache the keys and values of one token take."""
+        ...
 
     def new_cache(self, blocks: int) -> Any:  # noqa: ANN401  each model has its own
         """Return an empty cache of that many blocks."""

@@ -28,7 +28,7 @@ class Chunk:
 class StepOutput:
     """What a model gives back for one step's chunks, in their order.
 
-    logits: float32 [sum of the chunks' `logits`, vocabulary].
+    logits: float32 [sum of the chunks' `logits`, vocabulary]. The caller's to overwrite, until the model's next step.
     pooled: float32 [chunks that asked for it, hidden size]; sums over tokens, after the last norm.
     """
 

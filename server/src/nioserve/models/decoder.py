@@ -1,8 +1,7 @@
 """Running a decoder of the Llama family (Llama, Mistral, Qwen2, Qwen3) over a flat batch of tokens.
 
-Written for the CPU, where a small model spends its time in the overhead of operations: queries, keys and values are one
-product, gate and up another; all sequences of a step share every product; logits are computed for the rows that are
-sampled and no others.
+A small model spends its time in the overhead of operations: queries, keys and values are one product, gate and up
+another; all sequences of a step share every product; logits are computed for the rows that are sampled and no others.
 """
 
 from __future__ import annotations
@@ -16,9 +15,10 @@ from torch.nn import functional
 
 from nioserve.models.batch import AttentionGroup, Batch, Chunk, StepOutput, build_batch
 from nioserve.models.cache import BLOCK_SIZE, KvCache
+from nioserve.models.device import on_device
 from nioserve.models.linear import DenseLinear, Int8Linear, Linear
 from nioserve.models.rope import interleave_rows, rotate, rotation_table
-from nioserve.models.spec import ModelSpec
+from nioserve.models.spec import DecoderSpec
 from nioserve.models.weights import Weights
 
 
@@ -37,11 +37,11 @@ class Layer:
 
 
 class Decoder:
-    """A model that is ready to run. The compute type is that of its dense weights; INT8 models compute in float32."""
+    """A model that is ready to run where its weights are, in the type of the dense ones; INT8 computes in float32."""
 
-    def __init__(self, spec: ModelSpec, weights: Weights, max_model_len: int, cache_dtype: torch.dtype) -> None:
-        self.spec, self.cache_dtype = spec, cache_dtype
-        self.rotations = rotation_table(spec.rope, spec.head_dim, max_model_len)
+    def __init__(self, spec: DecoderSpec, weights: Weights, max_model_len: int, cache_dtype: torch.dtype) -> None:
+        self.spec, self.cache_dtype, self.device = spec, cache_dtype, weights.device
+        self.rotations = rotation_table(spec.rope, spec.head_dim, max_model_len).to(self.device)
         self.embedding, self.embedding_scale = weights.rows("model.embed_tokens.weight")
         self.layers = [self._layer(weights, f"model.layers.{i}") for i in range(spec.num_layers)]
         self.norm = weights.dense("model.norm.weight")
@@ -73,23 +73,29 @@ class Decoder:
             weights.rows("lm_head.weight")
         if self.embedding_scale is None:
             return DenseLinear(self.embedding, None)
-        return Int8Linear(self.embedding, self.embedding_scale, None)
+        return Int8Linear(self.embedding, self.embedding_scale, None, wide=weights.is_wide("lm_head"))
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """Return how much of a cache the keys and values of one token take."""
+        spec = self.spec
+        return spec.num_layers * 2 * spec.num_kv_heads * spec.head_dim * self.cache_dtype.itemsize
 
     def new_cache(self, blocks: int) -> KvCache:
         """Return an empty cache of that many blocks."""
-        return KvCache(self.spec, blocks, self.cache_dtype)
+        return KvCache(self.spec, blocks, self.cache_dtype, self.device)
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk], cache: KvCache) -> StepOutput:
         """Run one step and store its keys and values."""
-        batch = build_batch(chunks, BLOCK_SIZE)
+        batch = on_device(build_batch(chunks, BLOCK_SIZE), self.device)
         x = self._embed(batch.tokens)
-        rotation = self.rotations[batch.positions].unsqueeze(1)
+        rotation = self.rotations.index_select(0, batch.positions).unsqueeze(1)
         for index, layer in enumerate(self.layers):
             x = x + layer.out(self._attention(self._norm(x, layer.input_norm), layer, index, rotation, batch, cache))
             gate, up = layer.gate_up(self._norm(x, layer.post_norm)).chunk(2, dim=-1)
             x = x + layer.down(functional.silu(gate) * up)
-        logits = self.head(self._norm(x[batch.logit_rows], self.norm)).to(torch.float32)
+        logits = self.head(self._norm(x.index_select(0, batch.logit_rows), self.norm)).to(torch.float32)
         sums = [self._norm(x[first:last], self.norm).to(torch.float32).sum(0) for first, last in batch.pool_spans]
         return StepOutput(logits, torch.stack(sums) if sums else logits.new_empty(0, self.spec.hidden_size))
 
@@ -97,7 +103,7 @@ class Decoder:
         rows = functional.embedding(tokens, self.embedding)
         if self.embedding_scale is None:
             return rows
-        return rows.to(torch.float32) * self.embedding_scale[tokens].unsqueeze(1)
+        return rows.to(torch.float32) * self.embedding_scale.index_select(0, tokens).unsqueeze(1)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return functional.rms_norm(x, (x.shape[-1],), weight, self.spec.rms_norm_eps)
@@ -114,7 +120,7 @@ class Decoder:
         rotated = rotate(turning, rotation)
         queries, keys = rotated[:, : spec.num_heads].to(cache.dtype), rotated[:, spec.num_heads :]
         cache.write(index, batch.slots, torch.stack([keys, values.to(keys.dtype)], dim=1))
-        out = torch.empty(count, spec.num_heads * spec.head_dim, dtype=x.dtype)
+        out = torch.empty(count, spec.num_heads * spec.head_dim, dtype=x.dtype, device=x.device)
         for group in batch.groups:
             out[group.first : group.last] = self._attend(queries[group.first : group.last], group, index, cache)
         return out

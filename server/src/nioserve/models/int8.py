@@ -13,6 +13,9 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+from nioserve.models.device import CPU
 
 log = logging.getLogger(__name__)
 
@@ -39,18 +42,27 @@ def pack_onednn(weight: Tensor, scale: Tensor) -> Product:
 
 
 def pack_int_mm(weight: Tensor, scale: Tensor) -> Product:
-    """Pack for `torch._int_mm`, which knows s8 only: shift the activations by 128 and add 128 row sums back."""
-    transposed = weight.t().contiguous()
+    """Pack for `torch._int_mm`, which knows s8 only: shift the activations by 128 and add 128 row sums back.
+
+    On a GPU it wants more than 16 rows and sides that are multiples of 8: zeros fill up what is missing.
+    """
+    outputs, inputs = weight.shape
+    unit, fewest = (1, 1) if weight.device.type == "cpu" else (8, 32)
+    filled = functional.pad(weight, (0, -inputs % unit, 0, -outputs % unit))
+    transposed = filled.t().contiguous()
     shift = weight.sum(dim=1, dtype=torch.int32) * 128
 
     def product(activations: Tensor) -> Tensor:
         signed = (activations.to(torch.int16) - 128).to(torch.int8)
-        return (torch._int_mm(signed, transposed) + shift).to(torch.float32).mul_(scale)
+        rows = signed.shape[0]
+        signed = functional.pad(signed, (0, -inputs % unit, 0, -rows % fewest))
+        exact = torch._int_mm(signed, transposed)[:rows, :outputs]
+        return (exact + shift).to(torch.float32).mul_(scale)
 
     return product
 
 
-def check(packer: Packer) -> str | None:
+def check(packer: Packer, device: torch.device = CPU) -> str | None:
     """Compare a packer with exact integer products, at full range too; return what is wrong, or None."""
     generator = torch.Generator().manual_seed(0)
     for rows, outputs, inputs in ((1, 64, 576), (7, 128, 512), (33, 96, 1536)):
@@ -61,7 +73,7 @@ def check(packer: Packer) -> str | None:
         scale = torch.rand(outputs, generator=generator) + 0.5
         exact = (activations.to(torch.int64) @ weight.to(torch.int64).t()).double() * scale.double()
         try:
-            got = packer(weight, scale)(activations).double()
+            got = packer(weight.to(device), scale.to(device))(activations.to(device)).cpu().double()
         except (RuntimeError, AttributeError) as error:
             return str(error).splitlines()[0]
         if not torch.allclose(got, exact, rtol=1e-5, atol=1e-3):
@@ -70,12 +82,12 @@ def check(packer: Packer) -> str | None:
 
 
 @cache
-def best_packer() -> Packer:
-    """Return the fastest packer that counts right on this processor; RuntimeError when there is none."""
-    for packer in (pack_onednn, pack_int_mm):
-        problem = check(packer)
+def best_packer(device: torch.device = CPU) -> Packer:
+    """Return the fastest packer that counts right on a device; RuntimeError when there is none."""
+    for packer in (pack_onednn, pack_int_mm) if device.type == "cpu" else (pack_int_mm,):
+        problem = check(packer, device)
         if problem is None:
-            log.info("int8 kernel chosen", extra={"kernel": packer.__name__})
+            log.info("int8 kernel chosen", extra={"kernel": packer.__name__, "device": str(device)})
             return packer
         log.warning("int8 kernel refused", extra={"kernel": packer.__name__, "problem": problem})
-    raise RuntimeError("no int8 kernel of this torch counts right on this processor; serve an unquantised model")
+    raise RuntimeError(f"no int8 kernel of this torch counts right on {device}; serve an unquantised model")

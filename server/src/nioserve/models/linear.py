@@ -31,26 +31,36 @@ class DenseLinear:
 
 
 class Int8Linear:
-    """INT8 weights per output channel, u8 activations per token with an offset of their own.
+    """INT8 weights per output channel; activations per token in 8 bits, or 16, with an offset of their own.
 
-    A row x is written as low + step * q with q in 0..255, so that
+    A row x is written as low + step * q with whole q >= 0, so that
     x . w = step * (q . w) + low * sum(w): one integer product and one row sum known beforehand. The offset is kept in
     floating point, which spares the rounding and the clamp of an integer zero point. The product comes back in
     float32, because it is much larger than the result and would not survive bfloat16.
+
+    A wide layer has 16 bits for q. Its halves are two rows of one u8 product, 256 * high + low, so the weights are the
+    same int8 and are read once.
     """
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, wide: bool = False) -> None:
-        self.product = best_packer()(weight, scale)
+        self.product = best_packer(weight.device)(weight, scale)
         self.row_sum = weight.sum(dim=1, dtype=torch.int32).to(torch.float32) * scale
-        self.bias = bias
+        self.bias, self.wide = bias, wide
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return x . weight^T + bias, for float32 x."""
         low = x.amin(-1, keepdim=True)
-        step = (x.amax(-1, keepdim=True) - low).mul_(1 / 255).clamp_min_(1e-12)
-        out = self.product(((x - low) / step).add_(0.5).to(torch.uint8))
+        steps = 65535 if self.wide else 255
+        step = (x.amax(-1, keepdim=True) - low).mul_(1 / steps).clamp_min_(1e-12)
+        levels = ((x - low) / step).add_(0.5)
+        out = self._wide_product(levels) if self.wide else self.product(levels.to(torch.uint8))
         out.mul_(step).addcmul_(low, self.row_sum)
         return out if self.bias is None else out.add_(self.bias)
+
+    def _wide_product(self, levels: Tensor) -> Tensor:
+        whole = levels.to(torch.int32)
+        high, low = self.product(torch.cat([whole >> 8, whole & 255]).to(torch.uint8)).chunk(2)
+        return torch.add(low, high, alpha=256)
 
 
 def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:

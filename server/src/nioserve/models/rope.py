@@ -11,7 +11,7 @@ from nioserve.models.spec import RopeSpec
 
 
 def rotation_table(rope: RopeSpec, head_dim: int, length: int) -> Tensor:
-    """Return e^(i * position * frequency) as complex64 [length, head_dim / 2]."""
+    """Return e^(i * position * frequency) as complex64 [length, head_dim / 2], on the CPU."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).to(torch.float32) / head_dim
     frequencies = 1.0 / (rope.theta**exponents)
     if rope.kind == "linear":

@@ -1,14 +1,25 @@
-"""What a model directory says about itself, read without torch so that API workers and checks can use it too."""
+"""What a model directory says about itself, read without torch so that API workers and checks can use it too.
+
+Two kinds of models are told apart here: those of the Llama family that our own decoders run (`DecoderSpec`), and all
+others, which run through transformers' modelling code (`models/hf`). Of those only what the engine needs is read.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3")
+
+# One thing has many names in configurations; the first that is present counts.
+_CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len", "seq_length")
+_HIDDEN = ("hidden_size", "n_embd", "d_model", "dim")
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 
 
 class ModelError(Exception):
@@ -29,21 +40,31 @@ class RopeSpec:
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """The shape of a decoder of the Llama family."""
+    """What the engine needs to know of any model.
+
+    Layers, heads and their size give the memory that a token takes in the cache; where layers differ, they are upper
+    bounds. `max_model_len` is in tokens, `weights_dtype` a name of torch's.
+    """
 
     family: str
     vocab_size: int
     hidden_size: int
     num_layers: int
-    num_heads: int
     num_kv_heads: int
     head_dim: int
-    rms_norm_eps: float
-    rope: RopeSpec
-    tie_word_embeddings: bool
     max_model_len: int
     eos_token_ids: tuple[int, ...]
     weights_dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderSpec(ModelSpec):
+    """The shape of a decoder of the Llama family, which our own code runs."""
+
+    num_heads: int
+    rms_norm_eps: float
+    rope: RopeSpec
+    tie_word_embeddings: bool
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -67,32 +88,55 @@ def load_spec(directory: Path) -> ModelSpec:
 
 
 def parse_spec(config: dict[str, Any], generation: dict[str, Any]) -> ModelSpec:
-    """Turn the two configurations into a spec; ModelError names what is missing or not supported."""
-    family = str(config.get("model_type", ""))
-    if family not in FAMILIES:
-        raise ModelError(f"config.json: model_type {family!r} is not supported (supported: {', '.join(FAMILIES)})")
-    activation = config.get("hidden_act", "silu")
-    if activation != "silu":
-        raise ModelError(f"config.json: hidden_act {activation!r} is not supported (supported: silu)")
+    """Turn the two configurations into a spec, a `DecoderSpec` where our own decoders can run the model.
+
+    ModelError names what is missing.
+    """
+    text = _text(config)
+    family = str(text.get("model_type", ""))
+    if not family:
+        raise ModelError("config.json: model_type is missing")
+    eos = generation.get("eos_token_id", text.get("eos_token_id", config.get("eos_token_id")))
     try:
-        hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-        return ModelSpec(
+        hidden, heads = int(_first(text, _HIDDEN)), int(_first(text, _HEADS))
+        common = ModelSpec(
             family=family,
-            vocab_size=int(config["vocab_size"]),
+            vocab_size=int(_first(text, ("vocab_size",))),
             hidden_size=hidden,
-            num_layers=int(config["num_hidden_layers"]),
-            num_heads=heads,
-            num_kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or hidden // heads),
-            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            rope=_rope(config),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            max_model_len=_context(config),
-            eos_token_ids=_eos(generation.get("eos_token_id", config.get("eos_token_id"))),
-            weights_dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
+            num_layers=int(_first(text, _LAYERS)),
+            num_kv_heads=_largest(text.get("num_key_value_heads")) or heads,
+            head_dim=_head_dim(text) or hidden // heads,
+            max_model_len=_context(text),
+            eos_token_ids=_eos(eos),
+            weights_dtype=_dtype(config, text),
         )
     except KeyError as error:
-        raise ModelError(f"config.json: {error.args[0]} is missing") from error
+        raise ModelError(f"config.json: {family} model: {error.args[0]} is missing") from error
+    if decoder_obstacle(config) is not None:
+        return common
+    return DecoderSpec(
+        **{field.name: getattr(common, field.name) for field in fields(ModelSpec)},
+        num_heads=heads,
+        rms_norm_eps=float(text.get("rms_norm_eps", 1e-6)),
+        rope=_rope(text),
+        tie_word_embeddings=bool(text.get("tie_word_embeddings", False)),
+    )
+
+
+def decoder_obstacle(config: dict[str, Any]) -> str | None:
+    """Return what keeps our own decoders from running a model, or None."""
+    if (family := config.get("model_type")) not in FAMILIES:
+        return f"model_type {family!r}"
+    if (activation := config.get("hidden_act", "silu")) != "silu":
+        return f"hidden_act {activation!r}"
+    ropes = _ropes(config)
+    if len(ropes) > 1:
+        return "rope_parameters that differ between layers"
+    if (kind := _kind(ropes[0])) not in ROPE_TYPES:
+        return f"rope_type {kind!r}"
+    if (share := ropes[0].get("partial_rotary_factor", config.get("partial_rotary_factor")) or 1) != 1:
+        return f"partial_rotary_factor {share!r}"
+    return None
 
 
 def sampling_defaults(directory: Path) -> tuple[float, float]:
@@ -103,15 +147,55 @@ def sampling_defaults(directory: Path) -> tuple[float, float]:
     return (1.0 if temperature is None else float(temperature)), (1.0 if top_p is None else float(top_p))
 
 
-def _rope(config: dict[str, Any]) -> RopeSpec:
+def _text(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the language model's part: multimodal configurations nest it."""
+    nested = config.get("text_config")
+    return nested if isinstance(nested, dict) else config
+
+
+def _first(config: dict[str, Any], names: Sequence[str]) -> Any:  # noqa: ANN401  JSON
+    for name in names:
+        if config.get(name) is not None:
+            return config[name]
+    raise KeyError(names[0])
+
+
+def _largest(value: object) -> int:
+    """Return a number, or the largest of one per layer; 0 for none."""
+    return max(map(int, value), default=0) if isinstance(value, list) else int(str(value or 0))
+
+
+def _head_dim(config: dict[str, Any]) -> int:
+    """Return the size of a stored key or value, or 0 where the configuration does not say."""
+    if config.get("qk_nope_head_dim"):  # latent attention, stored unfolded: keys are wider than values
+        key = int(config["qk_nope_head_dim"]) + int(config.get("qk_rope_head_dim") or 0)
+        return max(key, int(config.get("v_head_dim") or 0))
+    return max(_largest(config.get("head_dim")), _largest(config.get("global_head_dim")))
+
+
+def _dtype(config: dict[str, Any], text: dict[str, Any]) -> str:
+    for part in (text, config):
+        if name := part.get("dtype") or part.get("torch_dtype"):
+            return str(name)
+    return "float32"
+
+
+def _ropes(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rotary embedding's parameters: one set, or one for each kind of layer."""
     # transformers 5 writes `rope_parameters`; everything older `rope_theta` beside an optional `rope_scaling`.
     values = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    kind = str(values.get("rope_type", values.get("type", "default")))
-    if kind not in ROPE_TYPES:
-        raise ModelError(f"config.json: rope_type {kind!r} is not supported (supported: {', '.join(ROPE_TYPES)})")
+    return [value for value in values.values() if isinstance(value, dict)] or [values]
+
+
+def _kind(rope: dict[str, Any]) -> str:
+    return str(rope.get("rope_type", rope.get("type", "default")))
+
+
+def _rope(config: dict[str, Any]) -> RopeSpec:
+    values = _ropes(config)[0]
     return RopeSpec(
         theta=float(values.get("rope_theta", config.get("rope_theta", 10000.0))),
-        kind=kind,
+        kind=_kind(values),
         factor=float(values.get("factor", 1.0)),
         low_freq_factor=float(values.get("low_freq_factor", 1.0)),
         high_freq_factor=float(values.get("high_freq_factor", 4.0)),
@@ -120,10 +204,18 @@ def _rope(config: dict[str, Any]) -> RopeSpec:
 
 
 def _context(config: dict[str, Any]) -> int:
-    """Return the longest context in tokens; within the sliding window, full attention is exact."""
-    longest = int(config["max_position_embeddings"])
+    """Return the longest context in tokens.
+
+    Our own decoders attend to everything, which is exact within a sliding window. `longrope` has two sets of
+    frequencies, and which one is right depends on the length that a sequence will reach: only the first is used.
+    """
+    longest = int(_first(config, _CONTEXT))
+    for rope in _ropes(config):
+        if _kind(rope) == "longrope":
+            original = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+            longest = min(longest, int(original or longest))
     window = config.get("sliding_window")
-    if window and config.get("use_sliding_window", True):
+    if window and config.get("use_sliding_window", True) and decoder_obstacle(config) is None:
         longest = min(longest, int(window))
     return longest
 

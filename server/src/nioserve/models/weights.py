@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from nioserve.models.device import CPU
 from nioserve.models.linear import DenseLinear, Int8Linear, Linear
 from nioserve.models.spec import ModelError
 
@@ -58,8 +59,10 @@ class LinearParts:
 class Weights:
     """Hands out layers, and remembers what was taken: a tensor nobody asked for means another architecture."""
 
-    def __init__(self, tensors: Tensors, dtype: torch.dtype, wide: frozenset[str] = frozenset()) -> None:
-        self._tensors, self._dtype, self._wide = tensors, dtype, wide
+    def __init__(
+        self, tensors: Tensors, dtype: torch.dtype, wide: frozenset[str] = frozenset(), device: torch.device = CPU
+    ) -> None:
+        self._tensors, self._dtype, self._wide, self.device = tensors, dtype, wide, device
         self._left = set(tensors.names())
 
     def __contains__(self, name: str) -> bool:
@@ -70,9 +73,9 @@ class Weights:
         return self._tensors.get(name)
 
     def dense(self, name: str) -> Tensor:
-        """Return a tensor in the compute type."""
+        """Return a tensor in the compute type, on the device."""
         # Cloned where the type already fits: the tensor would otherwise keep the mapped file alive.
-        return self._take(name).to(self._dtype, copy=True)
+        return self._take(name).to(self.device, self._dtype, copy=True)
 
     def dense_if_present(self, name: str) -> Tensor | None:
         """Return a tensor in the compute type, or None when the model has none of that name."""
@@ -81,8 +84,13 @@ class Weights:
     def rows(self, name: str) -> tuple[Tensor, Tensor | None]:
         """Return a matrix and the scales of its rows; without scales it is in the compute type."""
         if name + SCALE in self:
-            return self._take(name).clone(), self._take(name + SCALE).to(torch.float32)
+            scale = self._take(name + SCALE).to(self.device, torch.float32, copy=True)
+            return self._take(name).to(self.device, copy=True), scale
         return self.dense(name), None
+
+    def is_wide(self, prefix: str) -> bool:
+        """Return whether the activations that go into a layer need 16 bits where others have 8."""
+        return prefix.rpartition(".")[2] in self._wide
 
     def linear(self, prefixes: Sequence[str], reorder: Callable[[str, Tensor], Tensor] | None = None) -> Linear:
         """Return one layer whose outputs are those of all `prefixes`, one after the other."""
@@ -105,7 +113,7 @@ class Weights:
             raise ModelError(f"weights: only some of {', '.join(prefixes)} have a bias")
         bias = torch.cat(parts) if parts else None
         scales = [arrange(prefix, scale) for prefix, _, scale in matrices if scale is not None]
-        wide = any(prefix.rpartition(".")[2] in self._wide for prefix in prefixes)
+        wide = any(self.is_wide(prefix) for prefix in prefixes)
         return LinearParts(weight, torch.cat(scales) if scales else None, bias, wide)
 
     def finish(self) -> None:

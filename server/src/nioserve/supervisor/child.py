@@ -43,6 +43,7 @@ class Child:
     process: subprocess.Popen[bytes]
     started: float = field(default_factory=time.monotonic)
     ready: bool = False
+    heard: float = 0.0  # when it last gave a sign of life
 
     @classmethod
     def start(

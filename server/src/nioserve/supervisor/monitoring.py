@@ -16,6 +16,7 @@ from pathlib import Path
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.registry import Collector
 
 from nioserve import health
 from nioserve.config import ConfigError
@@ -31,7 +32,7 @@ class Monitoring:
 
     def __init__(self, host: str, port: int, directory: Path, state: Callable[[], ServiceState]) -> None:
         self._directory = directory
-        registry = CollectorRegistry()
+        self._registry = registry = CollectorRegistry()
         MultiProcessCollector(registry, path=str(directory))  # type: ignore[no-untyped-call]  # upstream has no types
         self.ready = Gauge("nioserve_ready", "1 while the service takes traffic.", registry=registry)
         self.restarts = Counter(
@@ -45,6 +46,10 @@ class Monitoring:
         except OSError as error:
             raise ConfigError([f"metrics: cannot listen on {host} port {port}: {error.strerror}"]) from error
         threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True).start()
+
+    def include(self, collector: Collector) -> None:
+        """Serve what a collector yields too; it must not raise."""
+        self._registry.register(collector)
 
     def forget(self, pid: int) -> None:
         """Drop the gauges of a process that has ended; its counts stay."""

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from nioserve import backends
+from nioserve.backends import credentials
 from nioserve.config import Config, ConfigError
 from nioserve.engine.limits import resolve_max_model_len
-from nioserve.models import manifest
 from nioserve.models.spec import ModelError, load_spec
 from nioserve.policy.identity import KeysError, read_keys
 
@@ -25,7 +26,9 @@ def file_findings(config: Config) -> list[str]:
     """Return what is wrong with the files that the configuration names: model, keys, certificates."""
     findings: list[str] = []
     try:
-        manifest.read(config.model.path)
+        kind, wanted = backends.kind_of(config.model.path), config.engine.backend
+        if wanted in ("torch", "onnx") and wanted != kind:
+            findings.append(f"engine.backend: is {wanted}, but model.path holds a model for {kind}; leave it at auto")
         resolve_max_model_len(config, load_spec(config.model.path))
     except ModelError as error:
         findings.append(f"model.path: {error}")
@@ -33,6 +36,8 @@ def file_findings(config: Config) -> list[str]:
         read_keys(config.auth.keys_file)
     except KeysError as error:
         findings += [f"auth.keys_file: {line}" for line in str(error).splitlines()]
+    if config.engine.backend == "upstream":
+        findings += credentials.file_findings(config.upstream)
     return findings + _tls_findings(config)
 
 

@@ -1,7 +1,7 @@
 """The supervisor's loop.
 
-It owns the listening socket and every child. A dead API worker is started again. A dead or hung engine makes the
-service not ready, has every worker fail what was in flight, and is started again under a new epoch. SIGTERM drains:
+It owns the listening socket and every child. A dead or hung API worker is started again. A dead or hung engine makes
+the service not ready, has every worker fail what was in flight, and is started again under a new epoch. SIGTERM drains:
 nobody listens any more, running answers finish, then the workers end, then the engine.
 """
 
@@ -17,6 +17,7 @@ from types import FrameType
 
 import msgspec
 
+from nioserve.backends.watch import HealthWatch, UpstreamCollector
 from nioserve.config import Config, ConfigError
 from nioserve.engine import messages, transport
 from nioserve.engine.messages import EngineReady, Heartbeat, ServiceState, WorkerReady
@@ -49,9 +50,13 @@ class Supervisor:
         self._config_file.write_text(config.model_dump_json(), encoding="utf-8")
         self._state = ServiceState(epoch=0, engine_ready=False, draining=False, started=False, detail="starting")
         self._monitoring = Monitoring(config.metrics.host, config.metrics.port, metrics, self._public_state)
-        addresses = transport.Addresses(directory)
-        self._inbox = transport.Inbox(addresses.supervisor())
-        self._outbox = transport.Broadcast(addresses.state())
+        self._upstream: HealthWatch | None = None
+        if config.engine.backend == "upstream":
+            self._upstream = HealthWatch(config.upstream)
+            self._monitoring.include(UpstreamCollector(config.upstream))
+        self._addresses = transport.Addresses(directory)
+        self._inbox = transport.Inbox(self._addresses.supervisor())
+        self._outbox = transport.Broadcast(self._addresses.state())
         self._engine: Child | None = None
         self._engine_backoff = Backoff()
         self._heartbeat = 0.0
@@ -101,7 +106,8 @@ class Supervisor:
             message = messages.decode_to_supervisor(body)
             if isinstance(message, WorkerReady):
                 for worker in self._workers:
-                    worker.ready = worker.ready or worker.pid == message.pid
+                    if worker.pid == message.pid:
+                        worker.ready, worker.heard = True, time.monotonic()
             elif self._engine is not None and message.epoch == self._state.epoch:
                 self._hear_engine(self._engine, message)
 
@@ -110,9 +116,14 @@ class Supervisor:
         if isinstance(message, EngineReady):
             engine.ready = True
             log.info("engine ready", extra={"pid": engine.pid, "seconds": round(engine.lifetime, 1)})
-            self._change(engine_ready=True, started=True, detail="ready")
+            self._change(
+                engine_ready=True, started=True, detail="ready", hung=False, max_model_len=message.max_model_len
+            )
 
     def _watch_engine(self) -> None:
+        if self._upstream is not None:
+            self._follow_upstream(self._upstream)
+            return
         if self._engine is None:
             if self._deadline is None and self._engine_backoff.over:
                 self._start_engine()
@@ -123,28 +134,45 @@ class Supervisor:
             self._lose_engine(self._engine, "the engine died", status)
         elif self._engine.ready and silent > self._config.engine.hang_timeout:
             self._engine.kill()
-            self._lose_engine(self._engine, "the engine hung", -signal.SIGKILL)
+            self._lose_engine(self._engine, "the engine hung", -signal.SIGKILL, hung=True)
+
+    def _follow_upstream(self, upstream: HealthWatch) -> None:
+        """Where an upstream answers, its health stands for the engine's."""
+        problem = upstream.problem()
+        if self._deadline is not None or (problem is None) == self._state.engine_ready:
+            return
+        log.log(logging.INFO if problem is None else logging.ERROR, "the upstream %s",
+                "is healthy" if problem is None else "is not healthy", extra={"problem": problem})  # fmt: skip
+        ready, detail = problem is None, problem or "ready"
+        self._change(engine_ready=ready, started=ready or self._state.started, detail=detail)
 
     def _start_engine(self) -> None:
         epoch = self._state.epoch + 1
         environment = {**self._environment, **_thread_settings()}
         self._engine = Child.start("nioserve.engine.process", [str(self._config_file), str(epoch)], environment)
-        self._change(epoch=epoch, engine_ready=False, detail="the engine is loading the model")
+        detail = "the engine hung, a new one is loading" if self._state.hung else "the engine is loading the model"
+        self._change(epoch=epoch, engine_ready=False, detail=detail)
 
-    def _lose_engine(self, engine: Child, what: str, status: int) -> None:
+    def _lose_engine(self, engine: Child, what: str, status: int, *, hung: bool = False) -> None:
         log.error(what, extra={"pid": engine.pid, "exit_status": status, "seconds": round(engine.lifetime, 1)})
         self._monitoring.forget(engine.pid)
+        self._addresses.forget_engine(self._state.epoch)
         self._engine = None
         if not self._state.started:
             # It never worked: a wrong model or setting, which the service manager should see as a failed start.
             raise StartError
         self._monitoring.restarts.labels("engine").inc()
         self._engine_backoff.died(engine.lifetime)
-        self._change(engine_ready=False, detail=f"{what} and is being restarted")
+        hung = hung or self._state.hung
+        self._change(engine_ready=False, detail=f"{what} and is being restarted", hung=hung)
 
     def _watch_workers(self) -> None:
         for worker in list(self._workers):
             status = worker.exit_status()
+            if status is None and self._hangs(worker):
+                log.error("an API worker hung", extra={"pid": worker.pid})
+                worker.kill()
+                status = -signal.SIGKILL
             if status is None:
                 continue
             self._workers.remove(worker)
@@ -159,6 +187,11 @@ class Supervisor:
         if self._deadline is None and self._worker_backoff.over:
             while len(self._workers) < self._config.server.workers:
                 self._workers.append(self._start_worker())
+
+    def _hangs(self, worker: Child) -> bool:
+        """Return whether a worker that gave signs of life has stopped; one that drains has no loop to give them."""
+        silent = time.monotonic() - worker.heard
+        return self._deadline is None and worker.ready and silent > self._config.engine.hang_timeout
 
     def _start_worker(self) -> Child:
         descriptor = self._listener.fileno()

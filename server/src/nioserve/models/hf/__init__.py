@@ -1,0 +1,1 @@
+"""Models of any architecture: transformers' modelling code, over the engine's cache and batches."""
