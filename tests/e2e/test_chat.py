@@ -26,7 +26,9 @@ def test_streams_what_it_answers(platform: Lab) -> None:
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     whole = ask(client)
     assert text == whole.choices[0].message.content
-    assert chunks[-1].usage == whole.usage
+    # What was cached may differ: the second request finds the first one's beginning, or another replica.
+    counts = [(u.prompt_tokens, u.completion_tokens, u.total_tokens) for u in (chunks[-1].usage, whole.usage)]
+    assert counts[0] == counts[1]
     assert len(chunks) > whole.usage.completion_tokens // 2
 
 
