@@ -14,17 +14,6 @@ using nio::Linear;
 
 extern "C" {
 
-// The widest instructions this build uses: 0 AVX-512 with VNNI, 1 bfloat16 as well, 2 the tile unit as well.
-NIO_EXPORT int nio_level() {
-#if defined(__AMX_INT8__)
-  return 2;
-#elif defined(__AVX512BF16__)
-  return 1;
-#else
-  return 0;
-#endif
-}
-
 // Asks the kernel for the tile unit, which a process has to before it uses it; 0 when it may (or needs none).
 NIO_EXPORT int nio_prepare() {
 #ifdef __AMX_INT8__

@@ -23,15 +23,6 @@ void rotate(float* head, const float* rotation, int half) {
   }
 }
 
-float norm_factor(const float* x, int count, float eps) {
-  __m512 squares = _mm512_setzero_ps();
-  for (int i = 0; i < count; i += kLanes) {
-    const __m512 v = _mm512_maskz_loadu_ps(first_lanes(count - i), x + i);
-    squares = _mm512_fmadd_ps(v, v, squares);
-  }
-  return 1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / static_cast<float>(count) + eps);
-}
-
 void norm_head(float* head, const float* weight, int count, float eps) {
   if (weight == nullptr) return;
   const float factor = norm_factor(head, count, eps);

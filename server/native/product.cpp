@@ -231,12 +231,7 @@ void Linear::row(int output, float* out) const {
 void quantise_row(Activations& out, int row, const float* x, int inputs, const float* norm, float eps) {
   thread_local std::vector<float> normed;
   if (norm != nullptr) {
-    __m512 squares = _mm512_setzero_ps();
-    for (int i = 0; i < inputs; i += kLanes) {
-      const __m512 v = _mm512_maskz_loadu_ps(first_lanes(inputs - i), x + i);
-      squares = _mm512_fmadd_ps(v, v, squares);
-    }
-    const float factor = 1.0f / __builtin_sqrtf(_mm512_reduce_add_ps(squares) / static_cast<float>(inputs) + eps);
+    const float factor = norm_factor(x, inputs, eps);
     normed.resize(inputs);
     for (int i = 0; i < inputs; i += kLanes) {
       const __mmask16 mask = first_lanes(inputs - i);

@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -67,6 +68,16 @@ inline void with_rows(int rows, const Work& work) {
 
 inline __mmask16 first_lanes(int count) {
   return count >= kLanes ? 0xffff : static_cast<__mmask16>((1u << (count > 0 ? count : 0)) - 1);
+}
+
+// What RMSNorm (Zhang 2019) multiplies x[count] with, beside its weights: 1 / sqrt(mean(x^2) + eps).
+inline float norm_factor(const float* x, int count, float eps) {
+  __m512 squares = _mm512_setzero_ps();
+  for (int i = 0; i < count; i += kLanes) {
+    const __m512 v = _mm512_maskz_loadu_ps(first_lanes(count - i), x + i);
+    squares = _mm512_fmadd_ps(v, v, squares);
+  }
+  return 1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / static_cast<float>(count) + eps);
 }
 
 }  // namespace nio

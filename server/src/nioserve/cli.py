@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from nioserve import __version__
@@ -48,11 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         "a few thousand tokens through the model, one layer at a time in float64. Memory: up to 2.5 GiB for what is "
         "being written, and six times the largest layer or the embedding in 16 bits, whichever is larger.",
     )
-    quantize.add_argument("source", type=Path, metavar="SRC", help="a Hugging Face directory, or a GGUF file")
-    quantize.add_argument("target", type=Path, metavar="OUT", help="the directory to make")
-    quantize.add_argument("--name", help="the name it is served under (default: from SRC)")
-    for option in ("temperature", "top-p"):
-        quantize.add_argument(f"--{option}", type=float, help=f"{option} for requests that name none")
+    _add_conversion(quantize)
     quantize.add_argument(
         "--no-smoothing", action="store_true", help="only round: much faster, and less true to the source"
     )
@@ -80,11 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(run=_evaluate)
 
     export = commands.add_parser("export", help="convert a model to an INT8 model directory for ONNX Runtime")
-    export.add_argument("source", type=Path, metavar="SRC", help="a Hugging Face directory, or a GGUF file")
-    export.add_argument("target", type=Path, metavar="OUT", help="the directory to make")
-    export.add_argument("--name", help="the name it is served under (default: from SRC)")
-    for option in ("temperature", "top-p"):
-        export.add_argument(f"--{option}", type=float, help=f"{option} for requests that name none")
+    _add_conversion(export)
     export.set_defaults(run=_export)
 
     key = commands.add_parser("key", help="manage API keys").add_subparsers(required=True, metavar="COMMAND")
@@ -100,6 +93,14 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file (or NIOSERVE_CONFIG)")
     for flag, key in FLAGS.items():
         parser.add_argument(f"--{flag}", dest=f"flag:{flag}", metavar="VALUE", help=f"{key} (or {env_name(flag)})")
+
+
+def _add_conversion(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, metavar="SRC", help="a Hugging Face directory, or a GGUF file")
+    parser.add_argument("target", type=Path, metavar="OUT", help="the directory to make")
+    parser.add_argument("--name", help="the name it is served under (default: from SRC)")
+    for option in ("temperature", "top-p"):
+        parser.add_argument(f"--{option}", type=float, help=f"{option} for requests that name none")
 
 
 def _config(options: argparse.Namespace) -> Config:
@@ -133,32 +134,26 @@ def _check_config(options: argparse.Namespace) -> int:
 
 
 def _quantize(options: argparse.Namespace) -> int:
-    from nioserve import logs
     from nioserve.models.quantize import quantize
-    from nioserve.models.spec import ModelError
 
-    logs.set_up("quantize", "info", "text")
-    try:
-        given = {"temperature": options.temperature, "top_p": options.top_p}
-        defaults = {key: value for key, value in given.items() if value is not None}
-        smooth = not options.no_smoothing
-        print(quantize(options.source, options.target, options.name, defaults, smooth=smooth))
-    except ModelError as error:
-        print(f"nioserve: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return _convert(options, "quantize", partial(quantize, smooth=not options.no_smoothing))
 
 
 def _export(options: argparse.Namespace) -> int:
-    from nioserve import logs
     from nioserve.backends.export import export
+
+    return _convert(options, "export", export)
+
+
+def _convert(options: argparse.Namespace, command: str, convert: Callable[..., Path]) -> int:
+    from nioserve import logs
     from nioserve.models.spec import ModelError
 
-    logs.set_up("export", "info", "text")
+    logs.set_up(command, "info", "text")
+    given = {"temperature": options.temperature, "top_p": options.top_p}
+    defaults = {key: value for key, value in given.items() if value is not None}
     try:
-        given = {"temperature": options.temperature, "top_p": options.top_p}
-        defaults = {key: value for key, value in given.items() if value is not None}
-        print(export(options.source, options.target, options.name, defaults))
+        print(convert(options.source, options.target, options.name, defaults))
     except ModelError as error:
         print(f"nioserve: {error}", file=sys.stderr)
         return 1

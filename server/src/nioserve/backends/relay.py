@@ -79,16 +79,21 @@ def as_api_error(error: UpstreamError) -> ApiError:
 
 
 def _whole(reply: Reply, body: bytes, account: Account) -> Response:
-    try:
-        value = msgspec.json.decode(body)
-    except msgspec.DecodeError as error:
-        raise _malformed("is no JSON") from error
-    if not isinstance(value, dict):
-        raise _malformed("is no object")
+    value = _object(body, "is")
     if reply.status != 200:
         raise refusal(reply.status, value, reply.retry_after)
     account.note(value)
     return json_response(value)
+
+
+def _object(text: bytes, what: str) -> dict[str, Any]:
+    try:
+        value = msgspec.json.decode(text)
+    except msgspec.DecodeError as error:
+        raise _malformed(f"{what} no JSON") from error
+    if not isinstance(value, dict):
+        raise _malformed(f"{what} no object")
+    return value
 
 
 def _malformed(what: str) -> ApiError:
@@ -147,12 +152,7 @@ def _event(line: bytes, account: Account, *, usage_asked: bool) -> bytes:
     if data == b"[DONE]":
         account.complete = True
         return b"data: [DONE]\n\n"
-    try:
-        value = msgspec.json.decode(data)
-    except msgspec.DecodeError as error:
-        raise _malformed("has an event that is no JSON") from error
-    if not isinstance(value, dict):
-        raise _malformed("has an event that is no object")
+    value = _object(data, "has an event that is")
     if "error" in value:
         raise refusal(500, value, "")
     account.note(value)

@@ -75,7 +75,6 @@ class Step(ctypes.Structure):
 
 
 _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
-    "nio_level": (c_int, ()),
     "nio_prepare": (c_int, ()),
     "nio_linear_new": (c_void_p, (c_void_p, c_void_p, c_void_p, c_int, c_int, c_int, c_int)),
     "nio_linear_free": (None, (c_void_p,)),
